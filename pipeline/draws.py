@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Purpose", "generator", "permutation", "standard_normal", "torch_seed"]
+__all__ = ["Purpose", "generator", "integers", "permutation", "standard_normal", "torch_seed"]
 
 
 class Purpose(IntEnum):
@@ -55,6 +55,12 @@ def permutation(n: int, seed: int, purpose: Purpose, *indices: int) -> np.ndarra
 def standard_normal(shape: tuple[int, ...], seed: int, purpose: Purpose, *indices: int) -> Tensor:
     """Standard normal draws of the given shape, float32 on the CPU."""
     return torch.from_numpy(generator(seed, purpose, *indices).standard_normal(shape, dtype=np.float32))
+
+
+def integers(n: int, high: int, seed: int, purpose: Purpose, *indices: int) -> Tensor:
+    """Uniform integers in [0, high), int64 [n]. The bias of taking the remainder is below high / 2**64."""
+    words = _philox(seed, purpose, *indices).random_raw(n)
+    return torch.from_numpy((words % np.uint64(high)).astype(np.int64))
 
 
 def torch_seed(seed: int, purpose: Purpose, *indices: int) -> int:

@@ -1,0 +1,127 @@
+"""The command line of every job: flags from the config, one-line errors, exit codes, ``--json``.
+
+Exit codes: 0 done, 1 the world failed (a server is away, training diverged), 2 the command was wrong, 130 Ctrl-C.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import tyro
+
+from pipeline.errors import UserError, WorldError
+
+__all__ = ["JobFlags", "parse", "run_job"]
+
+A = TypeVar("A")
+Result = dict[str, Any]
+
+_FLAGS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFlags:
+    """What every job understands."""
+
+    json: bool = False
+    """Print exactly one JSON object, the result, to stdout; everything else goes to stderr."""
+
+
+def parse(arguments: type[A], argv: list[str], *, program: str, default: A | None = None) -> A:
+    """Builds a dataclass from flags.
+
+    Args:
+        arguments: The dataclass; nested dataclasses become groups, flags are named by leaf.
+        argv: The words after the program's name.
+        program: The program's name in messages.
+        default: Where values come from that no flag gives; else the dataclass's own defaults.
+
+    Raises:
+        UserError: A flag is unknown or a value is not allowed, in one line.
+        SystemExit: ``--help`` was printed.
+    """
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return cast(A, tyro.cli(arguments, args=argv, prog=program, default=default, config=_FLAGS))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    raise UserError(f"{_one_line(messages.getvalue())} ({program} --help lists all flags)")
+
+
+def run_job(job: Callable[[list[str]], tuple[Result, str]], argv: list[str] | None = None) -> None:
+    """Runs a job's main function and ends the process with an honest exit code.
+
+    Args:
+        job: Takes the words of the command line, returns the result as JSON values and as text for a person.
+        argv: The words; the process's own when left out.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    as_json = "--json" in words
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("alembic", "mlflow", "botocore", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    with _stdout_for_result(as_json) as print_result:
+        try:
+            result, text = job(words)
+        except UserError as error:
+            result, text = _failure(error, 2)
+        except (WorldError, OSError) as error:
+            result, text = _failure(error, 1)
+        except KeyboardInterrupt:
+            result, text = _failure("interrupted", 130)
+        print_result(json.dumps(result) if as_json else text)
+        code = int(result.get("exit_code", 0))
+    sys.stdout.flush()
+    raise SystemExit(code)
+
+
+def _failure(error: object, exit_code: int) -> tuple[Result, str]:
+    message = " ".join(str(error).split())
+    print(f"error: {message}", file=sys.stderr)
+    return {"error": message, "exit_code": exit_code}, ""
+
+
+@contextlib.contextmanager
+def _stdout_for_result(as_json: bool) -> Iterator[Callable[[str], None]]:
+    """With ``as_json``, keeps file descriptor 1 for the result: C++ code and child processes write there too."""
+
+    def print_line(text: str) -> None:
+        if text:
+            print(text, flush=True)
+
+    if not as_json:
+        yield print_line
+        return
+    sys.stdout.flush()
+    real_stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield lambda text: _write_all(real_stdout, f"{text}\n".encode())
+    finally:
+        sys.stdout.flush()
+        os.dup2(real_stdout, 1)
+        os.close(real_stdout)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _one_line(boxed: str) -> str:
+    """tyro explains errors in a drawn box of several lines; a log or a terminal wants one."""
+    lines = [re.sub(r"[│╭╮╰╯]|\x1b\[[0-9;]*m", "", line).strip() for line in boxed.splitlines()]
+    lines = [line for line in lines if not line.endswith("──") or set(line) == {"─"}]
+    text = " ".join("; " if line.startswith("─") else line for line in lines if line)
+    text = text.partition("For full helptext")[0].partition("Argument helptext:")[0]
+    text = re.sub(r"Error parsing [\w.]+: (?=--|give)", "", text)
+    return re.sub(r"\s+", " ", text).replace(" ; ", "; ").strip(" ;")

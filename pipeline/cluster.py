@@ -1,0 +1,96 @@
+"""The one place that starts or joins Ray, so that every job does it alike.
+
+With ``RAY_ADDRESS`` set (``ray job submit`` sets it) a job joins that cluster. Without, it starts a private cluster on
+this machine and ends it with the job: token authentication with a random token that is never written to disk.
+"""
+
+import logging
+import os
+import secrets
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipeline.errors import WorldError
+
+__all__ = ["connect", "fits"]
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    # Ray Train copies each worker's prints to the driver a second time.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # The controller commits a checkpoint and notices a dead worker on this poll; the default of 2 s is a long time
+    # for a worker that waits in report().
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Ray announces this change of behaviour on every start.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+# What workers on other machines need to find storage and MLflow. Never credentials: env_vars show in the dashboard.
+_FORWARDED = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION", "DDPM_HOME")
+_FORWARDED_URIS = ("MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL")
+
+
+@contextmanager
+def connect(*, num_cpus: int) -> Iterator[None]:
+    """Joins the cluster at ``RAY_ADDRESS`` or starts one here; leaves or ends it afterwards.
+
+    Args:
+        num_cpus: CPUs that the job's workers ask for; a local cluster offers at least these, so that a machine with
+            fewer cores runs slowly instead of waiting for ever.
+
+    Raises:
+        WorldError: The cluster does not answer or refuses the token.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    if not address and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    local: dict[str, Any] = (
+        {} if address else {"num_cpus": max(num_cpus, os.cpu_count() or 1), "include_dashboard": False}
+    )
+    try:
+        ray.init(
+            address=address or "local",
+            log_to_driver="DDPM_WORKER_LOGS" in os.environ,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": _env_vars()},
+            **local,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"join the Ray cluster at RAY_ADDRESS={address}" if address else "start Ray on this machine"
+        raise WorldError(f"cannot {where}: {str(error).splitlines()[0]}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def fits(*, num_workers: int, cpus_per_worker: int, use_gpu: bool) -> int:
+    """How many groups of such workers the cluster can hold at the same time, as it is now (0: not even one)."""
+    import ray
+
+    total = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    groups = int(total.get("CPU", 0) // (num_workers * cpus_per_worker))
+    return min(groups, int(total.get("GPU", 0) // num_workers)) if use_gpu else groups
+
+
+def _env_vars() -> dict[str, str]:
+    forwarded = {name: os.environ[name] for name in _FORWARDED if name in os.environ}
+    for name in _FORWARDED_URIS:
+        value = os.environ.get(name)
+        if value and urlsplit(value).password is None:
+            forwarded[name] = value
+    return {**forwarded, **{name: os.environ[name] for name in _QUIET}}

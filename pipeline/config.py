@@ -1,0 +1,382 @@
+"""Every knob, once. A knob's leaf name is its CLI flag, MLflow param, Tune key and key in ``meta.json``. Knows nobody.
+
+Configs are frozen. Nested groups exist for ``--help`` and for passing less around; leaf names are unique across groups,
+so a config flattens to one dictionary of JSON values and back (``to_flat``, ``from_flat``, ``override``).
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from pipeline.errors import UserError
+
+__all__ = [
+    "ClusterConfig",
+    "DataConfig",
+    "EvaluateConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PrepareConfig",
+    "ProtocolConfig",
+    "SamplingConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "TuneConfig",
+    "from_flat",
+    "override",
+    "to_flat",
+]
+
+Flat = dict[str, Any]
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Noise schedule: how fast the forward process destroys an image."""
+
+    schedule: Literal["linear", "cosine", "quadratic", "sigmoid"] = "linear"
+    """Shape of the schedule."""
+    T: int = 1000
+    """Diffusion steps of the forward process."""
+    beta_start: float = 1e-4
+    """First beta at T=1000; scaled by 1000/T so that x_T keeps its signal-to-noise ratio. Not used by cosine."""
+    beta_end: float = 0.02
+    """Last beta at T=1000; scaled likewise. Not used by cosine."""
+    cosine_s: float = 0.008
+    """Offset s of the cosine schedule."""
+    max_beta: float = 0.999
+    """Largest beta of the cosine schedule."""
+    allow_signal_at_T: bool = False
+    """Accept a schedule that leaves signal in x_T (sampling from pure noise is then wrong)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """UNet of the DDPM paper."""
+
+    image_size: int = 8
+    """Height and width of the images, pixels; must match the data set."""
+    image_channels: int = 1
+    """Channels of the images: 1 grey, 3 RGB; must match the data set."""
+    base_channels: int = 32
+    """Feature channels at full resolution."""
+    channel_mult: tuple[int, ...] = (1, 2)
+    """Feature channels of each resolution level, as multiples of base_channels."""
+    num_res_blocks: int = 1
+    """Residual blocks of each level."""
+    attention_resolutions: tuple[int, ...] = (4,)
+    """Resolutions that get self-attention, pixels."""
+    dropout: float = 0.0
+    """Dropout probability inside residual blocks."""
+
+    def __post_init__(self) -> None:
+        _check(self.image_size >= 1, "--image-size", self.image_size, "at least 1")
+        _check(self.image_channels in (1, 3), "--image-channels", self.image_channels, "1 (grey) or 3 (RGB)")
+        _check(0 <= self.dropout < 1, "--dropout", self.dropout, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, in which order."""
+
+    data: str = "digits"
+    """Data set of shards: a path, s3:// URI, or a name under $DDPM_HOME/data."""
+    batch_size: int = 64
+    """Images of a global batch, over all workers."""
+    num_streams: int = 16
+    """Canonical streams; divides batch_size, and the number of workers divides it. Part of the image order."""
+    random_flip: bool = False
+    """Mirror each image with probability 1/2."""
+    loader_cache_bytes: int = 256 * 2**20
+    """Memory for shards and decoded images in each worker, bytes."""
+
+    def __post_init__(self) -> None:
+        _check(self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
+        _check(self.num_streams >= 1, "--num-streams", self.num_streams, "at least 1")
+        _check(
+            self.batch_size % self.num_streams == 0,
+            "--batch-size",
+            self.batch_size,
+            f"a multiple of --num-streams {self.num_streams}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Adam and the exponential moving average of its weights."""
+
+    lr: float = 2e-3
+    """Learning rate after warm-up."""
+    lr_warmup_steps: int = 100
+    """Steps over which the learning rate grows linearly from 0."""
+    lr_decay: Literal["constant", "cosine"] = "cosine"
+    """What the learning rate does after warm-up, until the last step."""
+    adam_eps: float = 1e-8
+    """Epsilon of Adam."""
+    grad_clip: float = 1.0
+    """Largest gradient norm, after the all-reduce; 0 turns clipping off."""
+    ema_decay: float = 0.99
+    """Decay of the weight average, per step."""
+    ema_warmup: bool = True
+    """Use min(ema_decay, (1 + step) / (10 + step)), so that early averages forget the initial weights."""
+
+    def __post_init__(self) -> None:
+        _check(self.lr > 0, "--lr", self.lr, "above 0")
+        _check(self.lr_warmup_steps >= 0, "--lr-warmup-steps", self.lr_warmup_steps, "at least 0")
+        _check(self.grad_clip >= 0, "--grad-clip", self.grad_clip, "at least 0")
+        _check(0 <= self.ema_decay < 1, "--ema-decay", self.ema_decay, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Ray workers of this job."""
+
+    num_workers: int = 2
+    """Workers: DDP processes when training, sampling actors when evaluating."""
+    use_gpu: bool = False
+    """One GPU for each worker."""
+    cpus_per_worker: int = 1
+    """CPU cores and torch threads of each worker."""
+    max_failures: int = 3
+    """Worker failures after which the job gives up; each restarts from the last checkpoint."""
+
+    def __post_init__(self) -> None:
+        _check(self.num_workers >= 1, "--num-workers", self.num_workers, "at least 1")
+        _check(self.cpus_per_worker >= 1, "--cpus-per-worker", self.cpus_per_worker, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How noise becomes images."""
+
+    sampler: Literal["ddpm", "ddim"] = "ddim"
+    """ddpm: ancestral sampling (DDPM Alg. 2); ddim: DDIM with eta."""
+    sampling_steps: int = 50
+    """Network evaluations for each image, 1..T."""
+    eta: float = 0.0
+    """Noise of DDIM: 0 deterministic, 1 as much as ddpm with fixed-small."""
+    variance: Literal["fixed-small", "fixed-large"] = "fixed-small"
+    """Reverse variance of ddpm: the posterior's, or beta_t."""
+    sample_seed: int = 0
+    """Seed of the noise that images are made from."""
+
+    def __post_init__(self) -> None:
+        _check(self.sampling_steps >= 1, "--sampling-steps", self.sampling_steps, "at least 1")
+        _check(0 <= self.eta <= 1, "--eta", self.eta, "in [0, 1]")
+        _check(self.sample_seed >= 0, "--sample-seed", self.sample_seed, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtocolConfig:
+    """How images are compared with the data set."""
+
+    features: Literal["efficientnet-lite0", "inception"] = "efficientnet-lite0"
+    """Feature network: inception gives the FID; efficientnet-lite0 is embedded, its metric is another."""
+    inception_weights: str | None = None
+    """The FID network's public weight file of 2015: a path or s3:// URI."""
+    num_images: int = 2000
+    """Images generated for each checkpoint."""
+    chunk_size: int = 100
+    """Images generated together; part of the protocol, since it changes the last bits of the images."""
+
+    def __post_init__(self) -> None:
+        _check(self.num_images >= 2, "--num-images", self.num_images, "at least 2")
+        _check(self.chunk_size >= 1, "--chunk-size", self.chunk_size, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    preset: Literal["digits", "cifar10", "lsun256", "celebahq256"] = "digits"
+    """Named set of defaults (digits: minutes on a laptop; the others: the DDPM paper's). Any other flag overrides."""
+    name: str | None = None
+    """The run's one identity (Ray, MLflow, folder). The same name again continues the run; left out: a new name."""
+    experiment: str = "ddpm"
+    """MLflow experiment."""
+    seed: int = 0
+    """Seed of initial weights, image order, timesteps and noise."""
+    steps: int = 1000
+    """Optimizer steps."""
+    log_every: int = 25
+    """Steps between metrics."""
+    checkpoint_every: int = 250
+    """Steps between checkpoints; at most this many steps are repeated after a failure."""
+    keep_checkpoints: int = 2
+    """Resumable checkpoints kept in storage; published weights are kept in MLflow."""
+    grid_images: int = 64
+    """Images of the sample grid logged with every checkpoint."""
+    data: DataConfig = field(default_factory=DataConfig)
+    diffusion: ScheduleConfig = field(default_factory=ScheduleConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.seed < 2**63, "--seed", self.seed, "in [0, 2**63)")
+        for flag in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "grid_images"):
+            _check(getattr(self, flag) >= 1, "--" + flag.replace("_", "-"), getattr(self, flag), "at least 1")
+        _check_name(self.name)
+        _check(
+            self.data.num_streams % self.cluster.num_workers == 0,
+            "--num-workers",
+            self.cluster.num_workers,
+            f"a divisor of --num-streams {self.data.num_streams}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Turns a collection of images into a data set of shards."""
+
+    source: str = "digits"
+    """digits (1,797 real handwritten digits, embedded) or folder:PATH (class = sub-folder)."""
+    data: str | None = None
+    """Data set to write: a path, s3:// URI, or a name under $DDPM_HOME/data. Default: the source's name."""
+    image_size: int | None = None
+    """Height and width of the stored images, pixels: square crop, antialiased resize. Default: the source's own."""
+    image_channels: int | None = None
+    """1 grey, 3 RGB. Default: the source's own, 3 for folders."""
+    images_per_shard: int = 1000
+    """Images of a shard; the last shard holds the rest."""
+    cpus: int | None = None
+    """CPU cores of the local Ray that this job starts; all when left out."""
+
+    def __post_init__(self) -> None:
+        _check(self.images_per_shard >= 1, "--images-per-shard", self.images_per_shard, "at least 1")
+        if self.image_channels is not None:
+            _check(self.image_channels in (1, 3), "--image-channels", self.image_channels, "1 (grey) or 3 (RGB)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Generates images from published checkpoints and measures their distance from the data set."""
+
+    run: str | None = None
+    """Evaluate the checkpoints of this run that lack the result."""
+    pending: bool = False
+    """Evaluate all checkpoints of the experiment that lack the result, newest first."""
+    experiment: str = "ddpm"
+    """MLflow experiment."""
+    step: int | None = None
+    """Only the checkpoint of this step."""
+    last: bool = False
+    """Only the last checkpoint of each run."""
+    max_checkpoints: int | None = None
+    """Stop after this many checkpoints; the rest stay pending."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        if (self.run is None) == (not self.pending):
+            raise UserError("give either --run NAME or --pending")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """A sweep over noise schedules: every trial is one training run, judged by one fixed protocol."""
+
+    schedules: tuple[Literal["linear", "cosine", "quadratic", "sigmoid"], ...] = ("linear", "cosine")
+    """Schedule types to try."""
+    Ts: tuple[int, ...] = (100, 1000)
+    """Values of T to try."""
+    beta_ranges: tuple[str, ...] = ("1e-4:0.02",)
+    """Beta ranges START:END (values at T=1000) to try; cosine has none and is tried once for each T."""
+    max_concurrent_trials: int | None = None
+    """Trials at the same time; default: as many as the cluster's CPUs (GPUs) can hold."""
+    base: TrainConfig = field(default_factory=TrainConfig)
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+
+    def __post_init__(self) -> None:
+        _check(len(self.schedules) > 0, "--schedules", self.schedules, "at least one schedule")
+        _check(len(self.Ts) > 0, "--Ts", self.Ts, "at least one T")
+        for text in self.beta_ranges:
+            self.parse_beta_range(text)
+
+    @staticmethod
+    def parse_beta_range(text: str) -> tuple[float, float]:
+        """Reads ``START:END``.
+
+        Raises:
+            UserError: Not two numbers with a colon between them.
+        """
+        try:
+            start, end = (float(part) for part in text.split(":"))
+        except ValueError:
+            raise UserError(f"--beta-ranges {text!r} is not START:END; for example 1e-4:0.02") from None
+        return start, end
+
+
+def to_flat(config: Any) -> Flat:
+    """A config as one dictionary of JSON values by leaf name (tuples become lists)."""
+    flat: Flat = {}
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        leaves = to_flat(value) if dataclasses.is_dataclass(value) else {entry.name: _jsonable(value)}
+        assert not flat.keys() & leaves.keys(), f"two knobs of one name: {flat.keys() & leaves.keys()}"
+        flat |= leaves
+    return flat
+
+
+def from_flat(cls: type[C], flat: Flat) -> C:
+    """The inverse of ``to_flat``; names left out take their default.
+
+    Raises:
+        UserError: A name that is no knob; the nearest one is offered.
+    """
+    return override(cls(), flat)
+
+
+def override(config: C, flat: Flat) -> C:
+    """A copy of a config with some leaves replaced. Raises as ``from_flat``."""
+    known = to_flat(config).keys()
+    for name in flat.keys() - known:
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(sorted(known))}"
+        raise UserError(f"unknown knob {name!r}{hint}")
+    return typing.cast(C, _replace(config, flat))
+
+
+def _replace(config: Any, flat: Flat) -> Any:
+    hints = typing.get_type_hints(type(config))
+    changes = {}
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            changes[entry.name] = _replace(value, flat)
+        elif entry.name in flat:
+            changes[entry.name] = _typed(flat[entry.name], hints[entry.name])
+    return dataclasses.replace(config, **changes)
+
+
+def _jsonable(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """JSON knows no tuples and may turn 1.0 into 1: restores both from the field's type."""
+    origins = (typing.get_origin(hint), *(typing.get_origin(option) for option in typing.get_args(hint)))
+    if isinstance(value, list) and tuple in origins:
+        return tuple(value)
+    plain_int = isinstance(value, int) and not isinstance(value, bool)
+    accepts_float = hint is float or (isinstance(hint, types.UnionType) and float in typing.get_args(hint))
+    return float(value) if plain_int and accepts_float else value
+
+
+def _check(ok: bool, flag: str, given: Any, allowed: str) -> None:
+    if not ok:
+        raise UserError(f"{flag} {given}: must be {allowed}")
+
+
+def _check_name(name: str | None) -> None:
+    if name is None:
+        return
+    allowed = name.replace("-", "").replace("_", "").replace(".", "")
+    if not (allowed.isalnum() and allowed.isascii() and len(name) <= 200) or name.startswith("."):
+        raise UserError(f"--name {name!r}: use letters, digits, '-', '_' and '.', at most 200, not starting with '.'")

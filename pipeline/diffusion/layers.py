@@ -1,0 +1,117 @@
+"""The layers of the paper's UNet, with the paper's code's choices where papers and libraries differ."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["Attention", "Block", "Downsample", "Level", "ResBlock", "TimeEmbedding", "Upsample", "group_norm"]
+
+
+class Level(nn.Module):
+    """The blocks of one resolution and the way to the next; ``UNet.forward`` calls them, for the sake of the skips."""
+
+    def __init__(self, blocks: nn.ModuleList, resample: nn.Module | None) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.resample = resample
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of t and a two-layer MLP: int64 [B] -> [B, 4 * base]."""
+
+    def __init__(self, base: int) -> None:
+        super().__init__()
+        self.frequencies = base // 2
+        self.dense1 = nn.Linear(base, 4 * base)
+        self.dense2 = nn.Linear(4 * base, 4 * base)
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        # freq_i = exp(-ln 10000 * i / (half - 1)), sines first: later codes divide by half and put cosines first.
+        i = torch.arange(self.frequencies, dtype=torch.float32, device=t.device)
+        angles = t.float()[:, None] * torch.exp(i * (-math.log(10000) / (self.frequencies - 1)))
+        sinusoids = torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype)
+        # Blocks see the embedding only through a swish: taken here, once.
+        return functional.silu(self.dense2(functional.silu(self.dense1(sinusoids))))
+
+
+class Block(nn.Module):
+    """A residual block, then self-attention if asked for."""
+
+    def __init__(self, channels: int, out_channels: int, temb: int, dropout: float, attention: bool) -> None:
+        super().__init__()
+        self.res = ResBlock(channels, out_channels, temb, dropout)
+        self.attention = Attention(out_channels) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        h: Tensor = self.attention(self.res(x, temb))
+        return h
+
+
+class ResBlock(nn.Module):
+    """norm, swish, conv, + time, norm, swish, dropout, conv; + the input: [B, C, H, W] -> [B, C_out, H, W]."""
+
+    def __init__(self, channels: int, out_channels: int, temb: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = group_norm(channels)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.time_proj = nn.Linear(temb, out_channels)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        h = self.conv1(functional.silu(self.norm1(x))) + self.time_proj(temb)[:, :, None, None]
+        h = self.conv2(self.dropout(functional.silu(self.norm2(h))))
+        y: Tensor = self.shortcut(x) + h
+        return y
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, one head of all channels, logits times C^-0.5: [B, C, H, W] -> same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # [B, 3C, H, W] -> q, k, v as [B, 1, H * W, C]: views in either memory format, with unit stride along C (what
+        # the fused kernels want) in channels_last.
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
+        h = functional.scaled_dot_product_attention(q, k, v)
+        y: Tensor = x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+        return y
+
+
+class Downsample(nn.Module):
+    """Halves the resolution: convolution of stride 2, padded at the right and bottom only (TensorFlow's "SAME")."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(functional.pad(x, (0, 1, 0, 1)))
+        return y
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return y
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """32 groups as in the paper; a width that 32 does not divide (a small model's) takes its largest divisor below."""
+    groups = max(n for n in range(1, min(32, channels) + 1) if channels % n == 0)
+    return nn.GroupNorm(groups, channels, eps=1e-6)

@@ -1,0 +1,147 @@
+"""Checkpoints that lack a result get one: images, features, Frechet distance, logged where training logged."""
+
+import logging
+import math
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.config import EvaluateConfig
+from pipeline.data.shards import load_manifest
+from pipeline.errors import UserError, WorldError
+from pipeline.evaluation.actors import ModelFiles, Workers, open_workers
+from pipeline.evaluation.features import FeatureExtractor, load_extractor
+from pipeline.evaluation.protocol import Protocol
+from pipeline.evaluation.reference import reference_statistics
+from pipeline.evaluation.statistics import FeatureStatistics, frechet_distance
+from pipeline.provenance import code_record
+from pipeline.tracking import Checkpoint, Tracker
+
+__all__ = ["Evaluation", "evaluate"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One checkpoint's result."""
+
+    run: str
+    step: int
+    model_id: str
+    metric: str
+    value: float
+    num_images: int
+    identity: str
+    seconds: float
+
+
+def evaluate(config: EvaluateConfig, tracker: Tracker) -> list[Evaluation]:
+    """Evaluates what ``config`` selects and lacks the result, newest first; nothing to do is a success.
+
+    Args:
+        config: Selection, protocol and workers.
+        tracker: Connected to MLflow.
+
+    Raises:
+        UserError: Unknown experiment or run, a run without checkpoints, refused weights.
+        WorldError: A checkpoint or the data set cannot be read; results before it are kept.
+    """
+    extractor = load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
+    todo = _select(config, tracker, extractor)[: config.max_checkpoints]
+    if not todo:
+        return []
+    num_chunks = math.ceil(config.protocol.num_images / config.protocol.chunk_size)
+    with open_workers(config.cluster, config.protocol, most=num_chunks) as workers:
+        return [_evaluate_one(config, tracker, checkpoint, extractor, workers) for checkpoint in todo]
+
+
+def _select(config: EvaluateConfig, tracker: Tracker, extractor: FeatureExtractor) -> list[Checkpoint]:
+    experiment_id = tracker.experiment(config.experiment, create=False)
+    run_id = None
+    if config.run is not None:
+        run = tracker.find_run(config.run)
+        if run is None:
+            known = ", ".join(tracker.run_names(experiment_id)) or "none"
+            raise UserError(f"no run is called {config.run!r}; the newest of experiment {config.experiment!r}: {known}")
+        run_id, experiment_id = run.info.run_id, run.info.experiment_id
+    found = tracker.checkpoints(experiment_id, run_id=run_id)
+    if config.run is not None and not found:
+        raise UserError(f"run {config.run!r} has no published checkpoint yet")
+    if config.step is not None:
+        steps = sorted({checkpoint.step for checkpoint in found})
+        found = [checkpoint for checkpoint in found if checkpoint.step == config.step]
+        if not found:
+            raise UserError(f"no checkpoint of step {config.step}; there are {steps}")
+    if config.last:
+        last: dict[str, Checkpoint] = {}
+        for checkpoint in found:
+            last[checkpoint.run_id] = max(last.get(checkpoint.run_id, checkpoint), checkpoint, key=lambda c: c.step)
+        found = [checkpoint for checkpoint in found if checkpoint is last[checkpoint.run_id]]
+    return [c for c in found if not c.has_result(_protocol(config, c, extractor).identity)]
+
+
+def _protocol(config: EvaluateConfig, checkpoint: Checkpoint, extractor: FeatureExtractor) -> Protocol:
+    return Protocol.of(config, extractor, checkpoint.tags["data.digest"])
+
+
+def _evaluate_one(
+    config: EvaluateConfig, tracker: Tracker, checkpoint: Checkpoint, extractor: FeatureExtractor, workers: Workers
+) -> Evaluation:
+    started = time.monotonic()
+    location = checkpoint.tags["data.location"]
+    manifest = load_manifest(location)
+    protocol = _protocol(config, checkpoint, extractor)
+    if manifest.digest != protocol.reference_digest:
+        raise WorldError(
+            f"{location} is no longer the data set that {checkpoint.run_name} was trained on "
+            f"(digest {manifest.digest[:12]}, was {protocol.reference_digest[:12]})"
+        )
+    reference = reference_statistics(location, manifest, extractor, workers)
+    with tempfile.TemporaryDirectory(prefix="ddpm-evaluate-") as name:
+        files = ModelFiles.read(checkpoint.model_id, tracker.download(checkpoint, Path(name)))
+    generated = _generated_statistics(config, checkpoint, files, extractor.dim, workers)
+    value = frechet_distance(generated, reference)
+    tracker.log_result(
+        checkpoint,
+        identity=protocol.identity,
+        protocol={**protocol.to_record(), "code": code_record().get("git_commit", code_record()["source_sha256"])},
+        metrics={protocol.metric: value},
+    )
+    return Evaluation(
+        run=checkpoint.run_name,
+        step=checkpoint.step,
+        model_id=checkpoint.model_id,
+        metric=protocol.metric,
+        value=value,
+        num_images=generated.n,
+        identity=protocol.identity,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _generated_statistics(
+    config: EvaluateConfig, checkpoint: Checkpoint, files: ModelFiles, dim: int, workers: Workers
+) -> FeatureStatistics:
+    """Statistics of the first ``num_images`` images; chunks are always whole, the surplus is dropped."""
+    wanted, size = config.protocol.num_images, config.protocol.chunk_size
+    statistics, started = FeatureStatistics.empty(dim), time.monotonic()
+    next_line = started + 10
+    for features, _ in workers.chunks(files, config.sampling, num_chunks=math.ceil(wanted / size), size=size):
+        statistics.update(features[: wanted - statistics.n].to(torch.float64))
+        if time.monotonic() > next_line:
+            next_line += 10
+            rate = statistics.n / (time.monotonic() - started)
+            logger.info(
+                "%s step %d: %d/%d images, %.1f images/s, about %.0f s left",
+                checkpoint.run_name,
+                checkpoint.step,
+                statistics.n,
+                wanted,
+                rate,
+                (wanted - statistics.n) / rate,
+            )
+    return statistics

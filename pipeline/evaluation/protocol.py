@@ -1,0 +1,66 @@
+"""What a Frechet distance is worth is its protocol: two numbers compare only if theirs are the same."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from pipeline.config import EvaluateConfig
+from pipeline.evaluation.features import FeatureExtractor
+from pipeline.images import ROUNDING
+
+__all__ = ["Protocol"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """Everything that a distance depends on beside the weights; stored with every result."""
+
+    metric: str
+    features: str
+    features_sha256: str
+    resize: str
+    rounding: str
+    reference_digest: str
+    """Digest of the data set's manifest; all of its images are the reference."""
+    num_images: int
+    chunk_size: int
+    threads: int
+    """torch threads of each chunk: they, like chunk_size, decide the last bits of the images."""
+    device: str
+    weights: str
+    sampler: str
+    """With the options that this sampler has."""
+    sampling_steps: int
+    sample_seed: int
+
+    @classmethod
+    def of(cls, config: EvaluateConfig, extractor: FeatureExtractor, reference_digest: str) -> "Protocol":
+        """The protocol of an evaluation."""
+        sampling = config.sampling
+        option = f"eta={sampling.eta:g}" if sampling.sampler == "ddim" else sampling.variance
+        return cls(
+            metric=extractor.metric,
+            features=extractor.name,
+            features_sha256=extractor.sha256,
+            resize=extractor.resize,
+            rounding=ROUNDING,
+            reference_digest=reference_digest,
+            num_images=config.protocol.num_images,
+            chunk_size=config.protocol.chunk_size,
+            threads=config.cluster.cpus_per_worker,
+            device="cuda" if config.cluster.use_gpu else "cpu",
+            weights="ema",
+            sampler=f"{sampling.sampler}({option})",
+            sampling_steps=sampling.sampling_steps,
+            sample_seed=sampling.sample_seed,
+        )
+
+    @property
+    def identity(self) -> str:
+        """Hash of the protocol: same identity, same number; a checkpoint that has it is not measured again."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_record(self) -> Mapping[str, str | int]:
+        """The protocol as JSON values."""
+        return asdict(self)

@@ -1,0 +1,155 @@
+"""A model as files: safetensors weights plus ``meta.json`` that a person can read.
+
+The same layout serves the published model (EMA weights alone) and, with more files, the resumable checkpoint. The
+architecture, T and the schedule of a model come from its ``meta.json``, never from flags. Every file's sha256 is in
+``meta.json``; nothing is unpickled.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pipeline import draws, storage
+from pipeline.config import ModelConfig, ScheduleConfig, TrainConfig, from_flat, to_flat
+from pipeline.diffusion.noise_schedule import NoiseSchedule, make_schedule
+from pipeline.diffusion.unet import UNet
+from pipeline.errors import UserError, WorldError
+
+__all__ = [
+    "EMA_FILE",
+    "META_FILE",
+    "Meta",
+    "build_schedule",
+    "build_unet",
+    "load_tensors",
+    "read_meta",
+    "verified_bytes",
+    "write_meta",
+    "write_tensors",
+]
+
+FORMAT_VERSION = 1
+META_FILE = "meta.json"
+EMA_FILE = "ema.safetensors"
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meta:
+    """What ``meta.json`` says."""
+
+    step: int
+    """Optimizer steps done."""
+    config: TrainConfig
+    """The training run's config."""
+    data: Mapping[str, Any]
+    """The data set: location, digest, number of images, class names."""
+    code: Mapping[str, str]
+    """Versions of the code and the libraries that wrote it."""
+    files: Mapping[str, str]
+    """sha256 by file name."""
+
+
+def build_unet(config: ModelConfig, *, seed: int = 0) -> UNet:
+    """The network, with initial weights that are a function of the seed alone."""
+    unet = UNet(
+        image_size=config.image_size,
+        in_channels=config.image_channels,
+        base_channels=config.base_channels,
+        channel_mult=config.channel_mult,
+        num_res_blocks=config.num_res_blocks,
+        attention_resolutions=config.attention_resolutions,
+        dropout=config.dropout,
+    )
+    if next(unet.parameters()).device.type != "meta":
+        unet.reset_parameters(torch.Generator().manual_seed(draws.torch_seed(seed, draws.Purpose.INIT)))
+    return unet
+
+
+def build_schedule(config: ScheduleConfig) -> NoiseSchedule:
+    """The noise schedule. Raises ``UserError`` for one that breaks betas or leaves signal in x_T."""
+    return make_schedule(**to_flat(config))
+
+
+def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Writes one safetensors file."""
+    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    (folder / name).write_bytes(safetensors.torch.save(contiguous))
+
+
+def write_meta(
+    folder: Path, *, step: int, config: TrainConfig, data: Mapping[str, Any], code: Mapping[str, str]
+) -> Meta:
+    """Writes ``meta.json`` over all files that are in the folder, last."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != META_FILE)
+    files = {name: storage.sha256_hex((folder / name).read_bytes()) for name in names}
+    meta = Meta(step=step, config=config, data=data, code=code, files=files)
+    record = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "config": to_flat(config),
+        "data": dict(data),
+        "code": dict(code),
+        "files": files,
+    }
+    (folder / META_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    return meta
+
+
+def read_meta(folder: Path) -> Meta:
+    """Reads ``meta.json``.
+
+    Raises:
+        WorldError: It is missing, damaged, or of a version that this code does not know.
+    """
+    try:
+        record = json.loads((folder / META_FILE).read_text())
+        version = record["format_version"]
+        if version != FORMAT_VERSION:
+            raise WorldError(f"{folder}: checkpoint format {version}; this version reads {FORMAT_VERSION}")
+        return Meta(
+            step=int(record["step"]),
+            config=from_flat(TrainConfig, record["config"]),
+            data=record["data"],
+            code=record["code"],
+            files=record["files"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise WorldError(f"{folder}/{META_FILE} was written by other code: {error}") from error
+        raise WorldError(f"{folder}/{META_FILE} is missing or damaged: {error!r}") from error
+
+
+def verified_bytes(folder: Path, name: str, meta: Meta) -> bytes:
+    """A file's bytes, after comparing them with the sha256 in ``meta.json``.
+
+    Raises:
+        WorldError: The file is missing, truncated or changed.
+    """
+    expected = meta.files.get(name)
+    if expected is None:
+        raise WorldError(f"{folder} has no {name} (it holds {', '.join(sorted(meta.files))})")
+    try:
+        data = (folder / name).read_bytes()
+    except OSError as error:
+        raise WorldError(f"{folder / name} cannot be read: {error.strerror}") from error
+    found = storage.sha256_hex(data)
+    if found != expected:
+        raise WorldError(f"{folder / name} is damaged: {len(data)} bytes, sha256 {found}, expected {expected}")
+    return data
+
+
+def load_tensors(folder: Path, name: str, meta: Meta) -> Tensors:
+    """Reads one safetensors file, verified. Raises as ``verified_bytes``."""
+    try:
+        return safetensors.torch.load(verified_bytes(folder, name, meta))
+    except safetensors.SafetensorError as error:
+        raise WorldError(f"{folder / name} is no safetensors file: {error}") from error

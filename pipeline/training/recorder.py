@@ -1,0 +1,226 @@
+"""What the driver does while workers train: metrics to MLflow, checkpoints published, signs of life, progress lines.
+
+Workers and the Ray Train controller only put messages into a mailbox; the driver alone talks to MLflow (design
+decision 9). A server that is away for a while costs nothing: records stay here and are sent when it is back.
+"""
+
+import logging
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import ray
+from ray.train import Checkpoint, UserCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline import storage
+from pipeline.config import TrainConfig
+from pipeline.errors import WorldError
+from pipeline.generation import generate_chunk
+from pipeline.images import encode_png, image_grid
+from pipeline.model_folder import EMA_FILE, build_schedule, build_unet, load_tensors, read_meta
+from pipeline.tracking import TrackedRun
+from pipeline.training.checkpoint import save_published
+from pipeline.training.loop import Record
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+    from ray.train.v2._internal.execution.context import TrainRunContext
+
+__all__ = ["Committed", "Mailbox", "Recorder", "TellCommits", "open_mailbox"]
+
+logger = logging.getLogger(__name__)
+
+_LINE_SECONDS = 10.0
+_RETRY_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A checkpoint that the controller has committed to storage."""
+
+    step: int
+    checkpoint: Checkpoint
+
+
+class Mailbox:
+    """A Ray actor on the driver's node: workers put, the driver takes."""
+
+    def __init__(self) -> None:
+        self._items: list[Record | Committed] = []
+
+    def put(self, item: Record | Committed) -> None:
+        """Adds a message; the sender does not wait for it."""
+        self._items.append(item)
+
+    def take_all(self) -> list[Record | Committed]:
+        """All messages since the last call, in the order of their coming."""
+        items, self._items = self._items, []
+        return items
+
+
+def open_mailbox() -> "ActorHandle[Mailbox]":
+    """Starts a mailbox beside the driver, so that it lives as long as the driver's machine does."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Mailbox).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here)
+    return cast("ActorHandle[Mailbox]", actor.remote())
+
+
+class TellCommits(UserCallback):
+    """Runs in the controller: passes on each checkpoint once it is committed, not when it is reported."""
+
+    def __init__(self, mailbox: "ActorHandle[Mailbox]") -> None:
+        self._mailbox = mailbox
+
+    def after_report(
+        self, run_context: "TrainRunContext", metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
+    ) -> None:
+        """Called by Ray Train with every rank's metrics of one report."""
+        if checkpoint is not None:
+            self._mailbox.put.remote(Committed(int(metrics[0]["step"]), checkpoint))
+
+
+class Recorder:
+    """Empties the mailbox into MLflow. ``turn`` is called about twice a second, ``finish`` once at the end."""
+
+    def __init__(
+        self,
+        run: TrackedRun,
+        config: TrainConfig,
+        mailbox: "ActorHandle[Mailbox]",
+        *,
+        grid_folder: str,
+        tags: Mapping[str, str],
+    ) -> None:
+        """Looks up what an earlier driver of this run has already sent.
+
+        Args:
+            run: The MLflow run, owned by this process.
+            config: The run's config.
+            mailbox: Where workers and controller put messages.
+            grid_folder: Where sample sheets are written as PNG files.
+            tags: Tags of every published checkpoint.
+        """
+        self._run = run
+        self._config = config
+        self._mailbox = mailbox
+        self._grid_folder = grid_folder
+        self._tags = tags
+        self._unsent: list[Record] = []
+        self._unpublished: list[Committed] = []
+        # After a failure Ray Train repeats steps. They are the same steps with the same values, and MLflow would
+        # append them: each step is sent once.
+        self._last_step = run.last_step("train/loss")
+        self._published = run.published_steps()
+        self._next_try = 0.0
+        self._next_line = time.monotonic() + _LINE_SECONDS
+        self.last_record: Record = {}
+        self.last_grid: str | None = None
+
+    def turn(self) -> None:
+        """Takes what has come and sends what can be sent; never raises because MLflow is away."""
+        self._take()
+        if time.monotonic() < self._next_try:
+            return
+        try:
+            self._send()
+        except Exception as error:  # MLflow passes on whatever requests, SQLAlchemy, botocore or the disk raise.
+            self._next_try = time.monotonic() + _RETRY_SECONDS
+            logger.warning("MLflow does not take records at the moment; kept and sent later (%s)", _first_line(error))
+
+    def finish(self) -> None:
+        """Takes and sends the rest.
+
+        Raises:
+            WorldError: MLflow is away; says what is missing there.
+        """
+        self._take()
+        try:
+            self._send()
+        except Exception as error:
+            raise WorldError(
+                f"training is done, but MLflow lacks {len(self._unsent)} metric records and {len(self._unpublished)} "
+                f"checkpoints: {_first_line(error)}. Run the same command again to publish the checkpoints"
+            ) from error
+
+    def publish(self, committed: Committed) -> None:
+        """Queues a committed checkpoint that is not published yet."""
+        if committed.step not in self._published | {other.step for other in self._unpublished}:
+            self._unpublished.append(committed)
+
+    def _take(self) -> None:
+        items: list[Any] = ray.get(self._mailbox.take_all.remote())
+        for item in items:
+            if isinstance(item, Committed):
+                self.publish(item)
+            elif item["step"] > self._last_step:
+                self._note(item)
+
+    def _note(self, record: Record) -> None:
+        self._last_step = int(record["step"])
+        self._unsent.append(record)
+        self._show(record)
+
+    def _send(self) -> None:
+        self._run.heartbeat()
+        if self._unsent:
+            self._run.log_metrics(self._unsent)
+            self._unsent.clear()
+        while self._unpublished:
+            committed = self._unpublished[0]
+            with committed.checkpoint.as_directory() as folder:
+                self._publish(Path(folder), committed.step)
+            self._published.add(committed.step)
+            self._unpublished.pop(0)
+
+    def _publish(self, checkpoint: Path, step: int) -> None:
+        with tempfile.TemporaryDirectory(prefix="ddpm-publish-") as name:
+            save_published(checkpoint, Path(name))
+            self._log_grid(Path(name), step)
+            self._run.publish(Path(name), step, self._tags)
+
+    def _log_grid(self, model_folder: Path, step: int) -> None:
+        meta = read_meta(model_folder)
+        unet = build_unet(meta.config.model).eval()
+        unet.load_state_dict(load_tensors(model_folder, EMA_FILE, meta))
+        model = meta.config.model
+        images = generate_chunk(
+            unet,
+            build_schedule(meta.config.diffusion),
+            meta.config.sampling,
+            shape=(self._config.grid_images, model.image_channels, model.image_size, model.image_size),
+            chunk=0,
+        )
+        sheet = image_grid(images)
+        self.last_grid = storage.join(self._grid_folder, f"step-{step:08d}.png")
+        storage.write_bytes(self.last_grid, encode_png(sheet))
+        self._run.log_grid(sheet.permute(1, 2, 0).numpy(), step)
+
+    def _show(self, record: Record) -> None:
+        self.last_record = record
+        if time.monotonic() < self._next_line and record["step"] < self._config.steps:
+            return
+        self._next_line = time.monotonic() + _LINE_SECONDS
+        remaining = (self._config.steps - record["step"]) * record["perf/step_seconds"]
+        logger.info(
+            "step %d/%d  loss %.4f  %.0f images/s  data wait %.0f %%  about %s left",
+            record["step"],
+            self._config.steps,
+            record["train/loss"],
+            record["perf/images_per_second"],
+            100 * record["perf/data_wait_ratio"],
+            _duration(remaining),
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

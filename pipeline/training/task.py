@@ -1,0 +1,161 @@
+"""What a training run will do, worked out and checked before anything starts."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import storage
+from pipeline.config import TrainConfig, from_flat, to_flat
+from pipeline.data.order import StreamOrder
+from pipeline.data.shards import Manifest, load_manifest
+from pipeline.diffusion.unet import num_parameters
+from pipeline.errors import UserError
+from pipeline.generation import check_sampling
+from pipeline.model_folder import build_schedule, build_unet
+
+__all__ = ["DryRun", "TrainingTask", "dry_run", "plan"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingTask:
+    """A checked config and the data set it trains on; crosses to the workers as JSON."""
+
+    config: TrainConfig
+    location: str
+    manifest: Manifest
+
+    @property
+    def order(self) -> StreamOrder:
+        """Which images are in which global batch."""
+        return StreamOrder(
+            shard_sizes=tuple(shard.num_images for shard in self.manifest.shards),
+            batch_size=self.config.data.batch_size,
+            num_streams=self.config.data.num_streams,
+            seed=self.config.seed,
+        )
+
+    @property
+    def data_record(self) -> dict[str, Any]:
+        """The data set in the words of ``meta.json``."""
+        return {
+            "location": self.location,
+            "digest": self.manifest.digest,
+            "num_images": self.manifest.num_images,
+            "class_names": list(self.manifest.class_names),
+        }
+
+    def to_json(self) -> str:
+        """The task as JSON text."""
+        return json.dumps(
+            {"config": to_flat(self.config), "location": self.location, "manifest": self.manifest.to_json()}
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "TrainingTask":
+        """The inverse of ``to_json``."""
+        record = json.loads(text)
+        return cls(
+            config=from_flat(TrainConfig, record["config"]),
+            location=record["location"],
+            manifest=Manifest.from_json(record["manifest"]),
+        )
+
+
+def plan(config: TrainConfig) -> TrainingTask:
+    """Checks a config against its data set, schedule and network.
+
+    Raises:
+        UserError: The data set is missing, half-written or of another shape; the schedule or network is refused.
+    """
+    check_model(config)
+    location = storage.resolve(config.data.data, "data")
+    task = TrainingTask(config=config, location=location, manifest=load_manifest(location))
+    model, manifest = config.model, task.manifest
+    if (manifest.image_size, manifest.image_channels) != (model.image_size, model.image_channels):
+        raise UserError(
+            f"{location} holds {manifest.image_channels}x{manifest.image_size}x{manifest.image_size} images, "
+            f"the model takes {model.image_channels}x{model.image_size}x{model.image_size}; "
+            f"give --image-size {manifest.image_size} --image-channels {manifest.image_channels} (and a network that "
+            "suits them), or prepare the data set anew"
+        )
+    assert task.order.batches_per_epoch > 0
+    return task
+
+
+def check_model(config: TrainConfig) -> int:
+    """Checks schedule and network, and returns the number of parameters."""
+    build_schedule(config.diffusion)
+    check_sampling(config.sampling, config.diffusion.T)
+    with torch.device("meta"):
+        return num_parameters(build_unet(config.model))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What ``--dry-run`` tells."""
+
+    config: Mapping[str, Any]
+    parameters: int
+    signal_at_T: float
+    """sqrt(alpha_bar_T): what is left of the image in x_T."""
+    data_location: str
+    data_found: bool
+    images: int | None
+    images_per_epoch: int | None
+    steps_per_epoch: int | None
+    state_bytes: int
+    """Weights, gradients, two Adam moments and the EMA, in each worker."""
+    activation_bytes: int
+    """Tensors that autograd keeps for one worker's part of the batch."""
+    loader_bytes: int
+    """Bound of the loader in each worker: encoded shards and decoded images, each up to loader_cache_bytes."""
+
+
+def dry_run(config: TrainConfig) -> DryRun:
+    """Works out what a run would do and need; reads only the data set's manifest, if there is one.
+
+    Raises:
+        UserError: As ``plan``, but a data set that is not there yet is no error.
+    """
+    parameters = check_model(config)
+    location = storage.resolve(config.data.data, "data")
+    found = storage.exists(storage.join(location, "manifest.json"))
+    order = plan(config).order if found else None
+    return DryRun(
+        config=to_flat(config),
+        parameters=parameters,
+        signal_at_T=build_schedule(config.diffusion).signal_at_T,
+        data_location=location,
+        data_found=found,
+        images=order.num_images if order else None,
+        images_per_epoch=order.images_per_epoch if order else None,
+        steps_per_epoch=order.batches_per_epoch if order else None,
+        state_bytes=parameters * 4 * 5,
+        activation_bytes=_activation_bytes(config),
+        loader_bytes=2 * config.data.loader_cache_bytes,
+    )
+
+
+def _activation_bytes(config: TrainConfig) -> int:
+    """Counts what autograd saves in one forward pass, on the meta device: exact shapes, no memory, no arithmetic."""
+    batch = config.data.batch_size // config.cluster.num_workers
+    model = config.model
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        memory = tensor.untyped_storage()
+        saved[memory._cdata] = memory.nbytes()
+        return tensor
+
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        unet = build_unet(model)
+        weights = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
+        x = torch.empty(batch, model.image_channels, model.image_size, model.image_size)
+        eps_hat = unet(x, torch.zeros(batch, dtype=torch.int64))
+        total = sum(size for memory, size in saved.items() if memory not in weights)
+        del eps_hat  # kept until here: freed storages would be counted once for several tensors
+    return total

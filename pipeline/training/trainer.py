@@ -1,0 +1,304 @@
+"""The Ray Train job around the loop, and the MLflow run around the job."""
+
+import contextlib
+import datetime
+import json
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import Checkpoint, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+# ray.train exports these under the same names, but a type checker sees the first version's there.
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
+from ray.train.v2.api.result import Result
+from torch import nn
+
+from pipeline import cluster, storage
+from pipeline.config import TrainConfig, to_flat
+from pipeline.errors import UserError, WorldError
+from pipeline.provenance import code_record
+from pipeline.tracking import DataSetInput, TrackedRun, Tracker
+from pipeline.training.checkpoint import checkpoint_name
+from pipeline.training.loop import Record, Worker, train
+from pipeline.training.recorder import Committed, Recorder, TellCommits, open_mailbox
+from pipeline.training.task import TrainingTask, plan
+
+__all__ = ["TrainResult", "fit", "new_name"]
+
+# Knobs that may change when a run is continued: they change where and how long it runs, not what it computes.
+_MAY_CHANGE = {
+    "steps",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "grid_images",
+    "loader_cache_bytes",
+    "num_workers",
+    "use_gpu",
+    "cpus_per_worker",
+    "max_failures",
+    "data",  # compared by digest, so that a data set may move
+    "sampler",
+    "sampling_steps",
+    "eta",
+    "variance",
+    "sample_seed",
+    "allow_signal_at_T",
+    "preset",
+    "name",
+}
+
+_POLL_SECONDS = 0.5
+_PROCESS_GROUP_TIMEOUT_SECONDS = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """A finished run."""
+
+    name: str
+    run_id: str
+    experiment_id: str
+    step: int
+    loss: float | None
+    images_per_second: float | None
+    grid: str | None
+    """Location of the last sample sheet, a PNG."""
+    ui: list[str]
+    """What to type to see the run in MLflow."""
+
+
+def new_name(config: TrainConfig) -> str:
+    """A fresh name that says what the run is: preset, schedule, T, time."""
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    schedule = config.diffusion
+    return f"{config.preset}-{schedule.schedule}-T{schedule.T}-{now}-{secrets.token_hex(2)}"
+
+
+def fit(
+    config: TrainConfig,
+    tracker: Tracker,
+    *,
+    parent_run_id: str | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> TrainResult:
+    """Trains, or continues, the run called ``config.name`` on the Ray cluster this process has joined.
+
+    Args:
+        config: The run's knobs; without a name it gets a new one.
+        tracker: Connected to MLflow.
+        parent_run_id: The sweep's run, for a trial.
+        tags: Further tags of the MLflow run.
+
+    Raises:
+        UserError: Config, data set or name is refused; nothing was started.
+        WorldError: Training failed; the message carries the worker's own.
+    """
+    config = replace(config, name=config.name or new_name(config))
+    task = plan(config)
+    _check_resources(config)
+    run = _open_run(task, tracker, parent_run_id, tags or {})
+    with _truthful_status(run):
+        runs_root = storage.join(storage.home(), "runs")
+        mailbox = open_mailbox()
+        recorder = Recorder(
+            run,
+            config,
+            mailbox,
+            grid_folder=storage.join(runs_root, run.name, "samples"),
+            tags={"data.digest": task.manifest.digest, "data.location": task.location, "weights": "ema"},
+        )
+        trainer = TorchTrainer(
+            _worker,  # type: ignore[arg-type]  # its return value comes back as result.return_value
+            train_loop_config={"task": task.to_json(), "mailbox": mailbox},
+            torch_config=TorchConfig(timeout_s=_PROCESS_GROUP_TIMEOUT_SECONDS),
+            scaling_config=_scaling(config),
+            run_config=RunConfig(  # type: ignore[arg-type]
+                name=run.name,
+                storage_path=runs_root,
+                checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
+                failure_config=FailureConfig(max_failures=config.cluster.max_failures, controller_failure_limit=3),
+                callbacks=[TellCommits(mailbox)],
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        result = _run_beside(cast(Callable[[], Result], trainer.fit), recorder.turn)
+        for checkpoint, metrics in result.best_checkpoints or []:
+            recorder.publish(Committed(int(metrics["step"]), checkpoint))
+        recorder.finish()
+    record = recorder.last_record
+    return TrainResult(
+        name=run.name,
+        run_id=run.run_id,
+        experiment_id=run.experiment_id,
+        step=int(result.return_value or 0),
+        loss=record.get("train/loss"),
+        images_per_second=record.get("perf/images_per_second"),
+        grid=recorder.last_grid,
+        ui=tracker.ui_command(run.run_id, run.experiment_id),
+    )
+
+
+def _worker(inputs: dict[str, Any]) -> int:
+    """Runs in each Ray Train worker."""
+    context = ray.train.get_context()
+    mailbox = inputs["mailbox"]
+    device = ray.train.torch.get_device()
+    assert isinstance(device, torch.device)
+
+    def wrap(model: nn.Module) -> nn.Module:
+        return ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
+
+    def log(record: Record) -> None:
+        mailbox.put.remote(record)
+
+    def commit(step: int, folder: Path | None) -> None:
+        checkpoint = Checkpoint.from_directory(str(folder)) if folder else None
+        ray.train.report({"step": step}, checkpoint=checkpoint, checkpoint_dir_name=checkpoint_name(step))
+
+    worker = Worker(
+        rank=context.get_world_rank(),
+        num_workers=context.get_world_size(),
+        device=device,
+        wrap=wrap,
+        log=log,
+        commit=commit,
+    )
+    task = TrainingTask.from_json(inputs["task"])
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return train(task, worker)
+    with checkpoint.as_directory() as folder:
+        return train(task, worker, Path(folder))
+
+
+def _scaling(config: TrainConfig) -> ScalingConfig:
+    workers = config.cluster
+    resources = {"CPU": float(workers.cpus_per_worker)} | ({"GPU": 1.0} if workers.use_gpu else {})
+    return ScalingConfig(num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=resources)
+
+
+def _check_resources(config: TrainConfig) -> None:
+    """Refuses what can never start on a machine of fixed size; an autoscaling cluster may still grow."""
+    workers = config.cluster
+    if not workers.use_gpu or cluster.fits(
+        num_workers=workers.num_workers, cpus_per_worker=workers.cpus_per_worker, use_gpu=True
+    ):
+        return
+    if len(ray.nodes()) == 1:  # type: ignore[no-untyped-call]
+        raise UserError(f"--use-gpu: this machine has not {workers.num_workers} GPUs; leave the flag out to use CPUs")
+
+
+def _open_run(task: TrainingTask, tracker: Tracker, parent_run_id: str | None, tags: Mapping[str, str]) -> TrackedRun:
+    config, manifest = task.config, task.manifest
+    assert config.name is not None
+    existing = tracker.find_run(config.name)
+    if existing is not None:
+        _refuse_other_config(config, existing.data.params)
+    code = code_record()
+    commit = {"mlflow.source.git.commit": code["git_commit"]} if "git_commit" in code else {}
+    return tracker.start_run(
+        config.name,
+        experiment=config.experiment,
+        params=to_flat(config),
+        tags={
+            **commit,
+            **{f"code.{key}": value for key, value in code.items()},
+            "data.digest": manifest.digest,
+            **tags,
+        },
+        data_set=DataSetInput(
+            name=config.data.data.rstrip("/").rpartition("/")[2],
+            location=task.location,
+            digest=manifest.digest,
+            profile={"num_images": manifest.num_images, "num_shards": len(manifest.shards)},
+        ),
+        parent_run_id=parent_run_id,
+    )
+
+
+def _refuse_other_config(config: TrainConfig, params: Mapping[str, str]) -> None:
+    """A run is continued only as what it was; MLflow's params are what it was."""
+    changed = [
+        f"{key} was {params[key]}, now {text}"
+        for key, value in to_flat(config).items()
+        if key in params and key not in _MAY_CHANGE
+        for text in [value if isinstance(value, str) else json.dumps(value)]
+        if params[key] != text
+    ]
+    if changed:
+        raise UserError(f"run {config.name!r} exists with another config: {'; '.join(changed)}; choose another --name")
+
+
+@contextlib.contextmanager
+def _truthful_status(run: TrackedRun) -> Iterator[None]:
+    """Ends the MLflow run as what it was: FINISHED, FAILED, or KILLED by Ctrl-C or SIGTERM."""
+    with _sigterm_as_interrupt():
+        try:
+            yield
+        except KeyboardInterrupt:
+            run.finish("KILLED")
+            raise
+        except BaseException:
+            run.finish("FAILED")
+            raise
+        run.finish("FINISHED")
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """A stopped job gets SIGTERM and has seconds left: it leaves by the same way as Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # A trial of a sweep: its driver's main thread is not ours to change.
+        return
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _run_beside(call: Callable[[], Result], turn: Callable[[], None]) -> Result:
+    """Runs ``fit`` in a thread while this one records; here, so that Ctrl-C and SIGTERM reach this thread at once."""
+    future: Future[Result] = Future()
+
+    def target() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    # A daemon: after Ctrl-C the thread still waits for Ray and must not keep the process alive.
+    threading.Thread(target=target, name="ray-train-fit", daemon=True).start()
+    while not future.done():
+        turn()
+        time.sleep(_POLL_SECONDS)
+    try:
+        return future.result()
+    except TrainingFailedError as error:
+        raise WorldError(f"training failed: {_cause(error)}") from error
+
+
+def _cause(error: TrainingFailedError) -> str:
+    """The first worker's own message; Ray wraps it into several layers and a traceback."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for _, failure in sorted(failures.items()):
+        if isinstance(inner := getattr(failure, "cause", failure), WorldError | UserError):
+            return str(inner)
+    first = next(iter(failures.values()), error)
+    return str(first).strip().splitlines()[-1]

@@ -1,0 +1,227 @@
+"""Prepare: whole or continued, never mixed."""
+
+import json
+import os
+import secrets
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import storage
+from pipeline.data import prepare as prepare_module
+from pipeline.data.prepare import prepare
+from pipeline.data.shards import load_manifest, read_shard
+from pipeline.data.sources import DigitsSource, open_source
+from pipeline.errors import UserError, WorldError
+
+
+@pytest.fixture
+def destination(tmp_path):
+    return str(tmp_path / "digits")
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    for number in range(10):
+        path = folder / ("cat" if number % 2 else "dog") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), number * 20, dtype=np.uint8)).save(path)
+    return folder
+
+
+def content(folder):
+    return {os.path.basename(file): storage.read_bytes(file) for file in storage.list_files(str(folder))}
+
+
+def prepare_digits(destination, **options):
+    return prepare("digits", destination, **{"images_per_shard": 500, **options})
+
+
+def test_every_image_of_the_source_is_in_the_shards_in_order(destination):
+    result = prepare_digits(destination)
+    manifest = load_manifest(destination)
+    assert result.manifest == manifest
+    assert (result.num_written, result.num_skipped, result.location) == (4, 0, destination)
+    assert manifest.shard_sizes == (500, 500, 500, 297)
+    assert (manifest.num_images, manifest.image_size, manifest.image_channels) == (1797, 8, 1)
+    assert (manifest.source, manifest.class_names) == ("digits", tuple("0123456789"))
+    read = [each for info in manifest.shards for each in read_shard(destination, info)]
+    assert [each.key for each in read] == [f"{i:09d}" for i in range(1797)]
+    source = open_source("digits")
+    assert [each.label for each in read[:1797:100]] == [source.load(i).label for i in range(0, 1797, 100)]
+
+
+def test_the_same_call_gives_the_same_bytes_elsewhere(tmp_path):
+    prepare_digits(str(tmp_path / "a"))
+    prepare_digits(str(tmp_path / "b"))
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+def test_progress_counts_images_up_to_all(destination):
+    seen = []
+    prepare_digits(destination, on_progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(500, 1797), (1000, 1797), (1500, 1797), (1797, 1797)]
+
+
+def test_a_finished_data_set_is_left_alone(destination):
+    first = prepare_digits(destination)
+    before = content(destination)
+    again = prepare_digits(destination)
+    assert (again.num_written, again.num_skipped) == (0, 4)
+    assert again.manifest == first.manifest
+    assert content(destination) == before
+
+
+def stop_after(monkeypatch, num_shards):
+    """Kills prepare, as far as a test in one process can: the write of the next shard never happens."""
+    written = []
+
+    def write(location, data):
+        if location.endswith(".tar"):
+            if len(written) == num_shards:
+                raise KeyboardInterrupt
+            written.append(location)
+        storage_write(location, data)
+
+    storage_write = storage.write_bytes
+    monkeypatch.setattr(storage, "write_bytes", write)
+
+
+def test_a_killed_prepare_leaves_no_manifest_and_continues_without_redoing_finished_shards(
+    destination, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 2)
+        prepare_digits(destination)
+    assert set(content(destination)) == {"source.json", "shard-000000.tar", "shard-000001.tar"}
+    with pytest.raises(UserError, match="half-written"):
+        load_manifest(destination)
+
+    loaded = []
+    load = DigitsSource.load
+    monkeypatch.setattr(DigitsSource, "load", lambda self, index: loaded.append(index) or load(self, index))
+    result = prepare_digits(destination)
+    assert (result.num_written, result.num_skipped) == (2, 2)
+    assert loaded == list(range(1000, 1797))
+
+    prepare_digits(str(tmp_path / "unbroken"))
+    assert content(destination) == content(tmp_path / "unbroken")
+
+
+def test_a_shard_that_is_damaged_when_prepare_continues_is_made_again(destination, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 2)
+        prepare_digits(destination)
+    path = f"{destination}/shard-000001.tar"
+    storage.write_bytes(path, storage.read_bytes(path)[:5000])
+    assert prepare_digits(destination).num_skipped == 1
+    prepare_digits(str(tmp_path / "unbroken"))
+    assert content(destination) == content(tmp_path / "unbroken")
+
+
+def test_a_finished_data_set_is_never_overwritten_by_another(destination):
+    prepare_digits(destination)
+    before = content(destination)
+    for options in ({"image_size": 16}, {"image_channels": 3}, {"images_per_shard": 400}):
+        with pytest.raises(UserError, match="holds another data set .* choose another --destination or delete it"):
+            prepare_digits(destination, **options)
+    assert content(destination) == before
+
+
+def test_a_data_set_that_was_begun_is_never_continued_with_other_options(destination, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 1)
+        prepare_digits(destination)
+    with pytest.raises(UserError, match="beginning of another data set .* choose another --destination"):
+        prepare_digits(destination, image_size=16)
+
+
+def test_shards_of_unknown_origin_are_never_mixed_in(destination):
+    storage.write_bytes(f"{destination}/shard-000007.tar", b"somebody else's")
+    with pytest.raises(UserError, match="unknown origin"):
+        prepare_digits(destination)
+    assert set(content(destination)) == {"shard-000007.tar"}
+
+
+def test_an_unreadable_source_record_is_taken_for_another_data_set(destination):
+    storage.write_bytes(f"{destination}/source.json", b"{")
+    with pytest.raises(UserError, match="beginning of another data set"):
+        prepare_digits(destination)
+
+
+def test_a_changed_folder_is_another_source(images, destination):
+    arguments = {"image_size": 8, "images_per_shard": 4}
+    result = prepare(f"folder:{images}", destination, **arguments)
+    assert result.manifest.class_names == ("cat", "dog")
+    assert prepare(f"folder:{images}", destination, **arguments).num_written == 0
+    (images / "cat" / "1.png").rename(images / "cat" / "11.png")
+    with pytest.raises(UserError, match="holds another data set"):
+        prepare(f"folder:{images}", destination, **arguments)
+
+
+def test_the_digest_is_the_same_wherever_the_images_lay(images, tmp_path):
+    first = prepare(f"folder:{images}", str(tmp_path / "a"), image_size=8, images_per_shard=4)
+    images.rename(tmp_path / "moved")
+    second = prepare(f"folder:{tmp_path}/moved", str(tmp_path / "b"), image_size=8, images_per_shard=4)
+    assert first.manifest.digest == second.manifest.digest
+
+
+def test_impossible_images_per_shard_are_refused(destination):
+    with pytest.raises(UserError, match="--images-per-shard 0"):
+        prepare_digits(destination, images_per_shard=0)
+
+
+def test_a_shard_that_another_node_kept_to_itself_is_noticed_before_the_manifest_is_written(destination, monkeypatch):
+    finish = prepare_module._finish_shard
+
+    def finish_elsewhere(source, job):
+        finished = finish(source, job)
+        if job.name == "shard-000002.tar":
+            os.remove(f"{job.destination}/{job.name}")
+        return finished
+
+    monkeypatch.setattr(prepare_module, "_finish_shard", finish_elsewhere)
+    with pytest.raises(WorldError, match=r"shard-000002\.tar was written on another node .* s3://"):
+        prepare_digits(destination)
+    assert "manifest.json" not in content(destination)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_ray_tasks_write_the_same_bytes_as_one_process(cluster, destination, tmp_path):
+    seen = []
+    result = prepare_digits(
+        destination, images_per_shard=200, use_ray=True, on_progress=lambda done, total: seen.append(done)
+    )
+    assert (result.num_written, seen[-1], sorted(seen)) == (9, 1797, seen)
+    prepare_digits(str(tmp_path / "here"), images_per_shard=200)
+    assert content(destination) == content(tmp_path / "here")
+    assert prepare_digits(destination, images_per_shard=200, use_ray=True).num_written == 0
+
+
+@pytest.mark.slow
+def test_a_bad_image_in_a_ray_task_is_one_line_and_the_rest_is_continued(cluster, images, destination):
+    bad = images / "dog" / "8.png"
+    good = bad.read_bytes()
+    bad.write_bytes(b"x" * len(good))
+    arguments = {"image_size": 8, "images_per_shard": 2, "use_ray": True}
+    with pytest.raises(UserError) as raised:
+        prepare(f"folder:{images}", destination, **arguments)
+    assert type(raised.value) is UserError
+    assert "8.png is not an image" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    bad.write_bytes(good)
+    result = prepare(f"folder:{images}", destination, **arguments)
+    assert result.num_written + result.num_skipped == 5
+    assert json.loads(storage.read_bytes(f"{destination}/manifest.json"))["num_images"] == 10
