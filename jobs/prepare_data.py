@@ -1,14 +1,11 @@
 """Turns a collection of images into a data set of WebDataset shards: ``python jobs/prepare_data.py --help``."""
 
-import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline import cli, storage
+from pipeline import cli
 from pipeline.config import PrepareConfig
-from pipeline.data.prepare import prepare
-
-logger = logging.getLogger("prepare_data")
+from pipeline.data.session import prepare_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +15,14 @@ class Arguments(cli.JobFlags):
     config: PrepareConfig = field(default_factory=PrepareConfig)
 
 
+def parse_arguments(argv: list[str]) -> Arguments:
+    """Reads the command line."""
+    return cli.parse(Arguments, argv, program="jobs/prepare_data.py")
+
+
 def main(argv: list[str]) -> tuple[dict[str, Any], str]:
     """Prepares a data set; returns its location, digest and counts."""
-    config = cli.parse(Arguments, argv, program="jobs/prepare_data.py").config
-    result = prepare(config)
+    result = prepare_data(parse_arguments(argv).config)
     manifest = result.manifest
     facts = {
         "location": result.location,
@@ -31,8 +32,8 @@ def main(argv: list[str]) -> tuple[dict[str, Any], str]:
         "shards_written": result.num_written,
         "seconds": round(result.seconds, 2),
     }
-    done = "is ready" if result.num_written else "was already there"
-    return facts, f"{result.location} {done}: {manifest.num_images} images in {len(manifest.shards)} shards"
+    state = "is ready" if result.num_written else "was already there"
+    return facts, f"{result.location} {state}: {manifest.num_images:,} images in {len(manifest.shards)} shards"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """Trains a DDPM on Ray, or continues a run by its name: ``python jobs/train.py --help``."""
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipeline import cli
-from pipeline.config import ProtocolConfig, TrainConfig
+from pipeline.config import EvaluateConfig, ProtocolConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +19,32 @@ class Arguments(cli.JobFlags):
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
 
 
+def parse_arguments(argv: list[str]) -> Arguments:
+    """Reads the command line."""
+    return cli.parse_with_preset(Arguments, argv, program="jobs/train.py")
+
+
 def main(argv: list[str]) -> tuple[dict[str, Any], str]:
     """Trains; returns what a person wants to know of the run."""
-    arguments = cli.parse_with_preset(Arguments, argv, program="jobs/train.py")
+    arguments = parse_arguments(argv)
     if arguments.dry_run:
         from pipeline.training.task import dry_run
 
-        return cli.as_result(dry_run(arguments.config))
-    from pipeline.training.session import train_and_evaluate
+        facts = dry_run(arguments.config)
+        return asdict(facts), facts.text()
+    from pipeline.training.session import train_run
+
+    run = train_run(arguments.config, then=_evaluation(arguments) if arguments.evaluate else None)
+    return run.to_json(), run.text()
+
+
+def _evaluation(arguments: Arguments) -> Any:
+    from pipeline.evaluation.evaluator import evaluate_last
+
+    config = arguments.config
+    protocol = replace(EvaluateConfig(pending=True), sampling=config.sampling, protocol=arguments.protocol)
+    return lambda name, tracker: evaluate_last(replace(protocol, cluster=config.cluster), name, tracker)
+
+
+if __name__ == "__main__":
+    cli.run_job(main)

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the world failed (a server is away, training diverged), 2 
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import logging
@@ -16,9 +17,11 @@ from typing import Any, TypeVar, cast
 
 import tyro
 
+from pipeline import cluster
 from pipeline.errors import UserError, WorldError
+from pipeline.presets import PRESETS, preset
 
-__all__ = ["JobFlags", "parse", "run_job"]
+__all__ = ["JobFlags", "parse", "parse_with_preset", "run_job"]
 
 A = TypeVar("A")
 Result = dict[str, Any]
@@ -57,6 +60,29 @@ def parse(arguments: type[A], argv: list[str], *, program: str, default: A | Non
     raise UserError(f"{_one_line(messages.getvalue())} ({program} --help lists all flags)")
 
 
+def parse_with_preset(arguments: type[A], argv: list[str], *, program: str) -> A:
+    """Like ``parse`` for a job whose arguments hold a ``TrainConfig``: ``--preset`` first, other flags over it.
+
+    Raises:
+        UserError: As ``parse``; also an unknown preset.
+    """
+    word = _value_of("--preset", argv)
+    if word is None or word not in PRESETS:
+        return parse(arguments, argv, program=program)
+    field = next(entry.name for entry in dataclasses.fields(cast(Any, arguments)) if entry.name in ("config", "base"))
+    default = dataclasses.replace(cast(Any, arguments()), **{field: preset(word)})
+    return parse(arguments, argv, program=program, default=cast(A, default))
+
+
+def _value_of(flag: str, argv: list[str]) -> str | None:
+    for index, word in enumerate(argv):
+        if word == flag and index + 1 < len(argv):
+            return argv[index + 1]
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return None
+
+
 def run_job(job: Callable[[list[str]], tuple[Result, str]], argv: list[str] | None = None) -> None:
     """Runs a job's main function and ends the process with an honest exit code.
 
@@ -65,6 +91,7 @@ def run_job(job: Callable[[list[str]], tuple[Result, str]], argv: list[str] | No
         argv: The words; the process's own when left out.
     """
     words = sys.argv[1:] if argv is None else argv
+    cluster.set_environment()
     as_json = "--json" in words
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("alembic", "mlflow", "botocore", "urllib3"):

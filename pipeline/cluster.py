@@ -7,6 +7,7 @@ this machine and ends it with the job: token authentication with a random token 
 import logging
 import os
 import secrets
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 
 from pipeline.errors import WorldError
 
-__all__ = ["connect", "fits"]
+__all__ = ["connect", "fits", "set_environment"]
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -35,6 +36,16 @@ _FORWARDED = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION", "DDPM_HOME
 _FORWARDED_URIS = ("MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL")
 
 
+def set_environment() -> None:
+    """Sets what Ray reads from the environment when it is first imported; later it is too late for the token."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if "RAY_ADDRESS" in os.environ or "RAY_AUTH_MODE" in os.environ or "ray" in sys.modules:
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
 @contextmanager
 def connect(*, num_cpus: int) -> Iterator[None]:
     """Joins the cluster at ``RAY_ADDRESS`` or starts one here; leaves or ends it afterwards.
@@ -46,12 +57,8 @@ def connect(*, num_cpus: int) -> Iterator[None]:
     Raises:
         WorldError: The cluster does not answer or refuses the token.
     """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     address = os.environ.get("RAY_ADDRESS")
-    if not address and "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     import ray
 

@@ -93,7 +93,11 @@ def list_files(location: str) -> Iterator[str]:
         return
     bucket, prefix = _split(location)
     with _s3_errors(location):
-        pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix.rstrip("/") + "/")
+        pages = (
+            _s3()
+            .get_paginator("list_objects_v2")
+            .paginate(Bucket=bucket, Prefix=f"{prefix.rstrip('/')}/" if prefix else "")
+        )
         for page in pages:
             yield from (f"s3://{bucket}/{entry['Key']}" for entry in page.get("Contents", []))
 

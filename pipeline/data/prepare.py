@@ -130,7 +130,7 @@ def _fingerprint(source: Source, images_per_shard: int) -> str:
 
 def _claim(destination: str, source: Source, fingerprint: str) -> Manifest | None:
     """The finished data set if it is ours; else None, after marking the folder as ours. Never mixes two data sets."""
-    other = "choose another --destination or delete it"
+    other = "choose another --data or delete it"
     if storage.exists(storage.join(destination, MANIFEST_NAME)):
         manifest = load_manifest(destination)
         if manifest.source_fingerprint != fingerprint:
@@ -244,7 +244,7 @@ def _write_manifest(destination: str, source: Source, fingerprint: str, shards: 
         missing = [shard.name for shard in shards if not (Path(destination) / shard.name).is_file()]
         if missing:
             where = f"{missing[0]} was written on another node and is not in {destination} here"
-            raise WorldError(f"{where}; give an s3:// destination or a folder that all nodes share")
+            raise WorldError(f"{where}; give an s3:// URI or a folder that all nodes share")
     manifest = Manifest(
         source=source.name,
         source_fingerprint=fingerprint,

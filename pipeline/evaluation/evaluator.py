@@ -4,7 +4,8 @@ import logging
 import math
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from pipeline.evaluation.statistics import FeatureStatistics, frechet_distance
 from pipeline.provenance import code_record
 from pipeline.tracking import Checkpoint, Tracker
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "evaluate", "evaluate_last", "select"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,27 +40,39 @@ class Evaluation:
     seconds: float
 
 
-def evaluate(config: EvaluateConfig, tracker: Tracker) -> list[Evaluation]:
-    """Evaluates what ``config`` selects and lacks the result, newest first; nothing to do is a success.
+def evaluate(config: EvaluateConfig, tracker: Tracker, todo: Sequence[Checkpoint]) -> list[Evaluation]:
+    """Evaluates checkpoints on the Ray cluster that this process has joined.
 
     Args:
-        config: Selection, protocol and workers.
+        config: Protocol and workers.
         tracker: Connected to MLflow.
+        todo: What ``select`` gave.
 
     Raises:
-        UserError: Unknown experiment or run, a run without checkpoints, refused weights.
+        UserError: The feature network's weights are refused.
         WorldError: A checkpoint or the data set cannot be read; results before it are kept.
     """
-    extractor = load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
-    todo = _select(config, tracker, extractor)[: config.max_checkpoints]
     if not todo:
         return []
+    extractor = load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
     num_chunks = math.ceil(config.protocol.num_images / config.protocol.chunk_size)
     with open_workers(config.cluster, config.protocol, most=num_chunks) as workers:
         return [_evaluate_one(config, tracker, checkpoint, extractor, workers) for checkpoint in todo]
 
 
-def _select(config: EvaluateConfig, tracker: Tracker, extractor: FeatureExtractor) -> list[Checkpoint]:
+def evaluate_last(config: EvaluateConfig, run: str, tracker: Tracker) -> Evaluation | None:
+    """Evaluates the last checkpoint of a run that has just been trained; None if it has the result already."""
+    config = replace(config, run=run, pending=False, last=True)
+    return next(iter(evaluate(config, tracker, select(config, tracker))), None)
+
+
+def select(config: EvaluateConfig, tracker: Tracker) -> list[Checkpoint]:
+    """Published checkpoints that ``config`` selects and that lack the result, newest first.
+
+    Raises:
+        UserError: Unknown experiment or run, a run without checkpoints, refused weights of the feature network.
+    """
+    extractor = load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
     experiment_id = tracker.experiment(config.experiment, create=False)
     run_id = None
     if config.run is not None:
@@ -81,7 +94,8 @@ def _select(config: EvaluateConfig, tracker: Tracker, extractor: FeatureExtracto
         for checkpoint in found:
             last[checkpoint.run_id] = max(last.get(checkpoint.run_id, checkpoint), checkpoint, key=lambda c: c.step)
         found = [checkpoint for checkpoint in found if checkpoint is last[checkpoint.run_id]]
-    return [c for c in found if not c.has_result(_protocol(config, c, extractor).identity)]
+    todo = [c for c in found if not c.has_result(_protocol(config, c, extractor).identity)]
+    return todo[: config.max_checkpoints]
 
 
 def _protocol(config: EvaluateConfig, checkpoint: Checkpoint, extractor: FeatureExtractor) -> Protocol:

@@ -152,8 +152,8 @@ class Recorder:
             self._unpublished.append(committed)
 
     def _take(self) -> None:
-        items: list[Any] = ray.get(self._mailbox.take_all.remote())
-        for item in items:
+        # Ray's stubs lose the type of an actor method's result.
+        for item in cast(Any, ray).get(cast(Any, self._mailbox).take_all.remote()):
             if isinstance(item, Committed):
                 self.publish(item)
             elif item["step"] > self._last_step:

@@ -114,6 +114,29 @@ class DryRun:
     loader_bytes: int
     """Bound of the loader in each worker: encoded shards and decoded images, each up to loader_cache_bytes."""
 
+    def text(self) -> str:
+        """The facts for a person, after all knobs."""
+        images = (
+            "not prepared yet" if self.images is None else f"{self.images:,} images, {self.steps_per_epoch:,} steps"
+        )
+        total = self.state_bytes + self.activation_bytes + self.loader_bytes
+        lines = [f"{name:<24} {value}" for name, value in self.config.items()]
+        lines += [
+            "",
+            f"parameters               {self.parameters:,}",
+            f"sqrt(alpha_bar_T)        {self.signal_at_T:.5f}  (signal left in x_T)",
+            f"data set                 {self.data_location}",
+            f"an epoch                 {images}",
+            f"memory of a worker       about {_mebibytes(total)}: state {_mebibytes(self.state_bytes)}, "
+            f"activations {_mebibytes(self.activation_bytes)}, loader at most {_mebibytes(self.loader_bytes)} "
+            "(2 x loader_cache_bytes)",
+        ]
+        return "\n".join(lines)
+
+
+def _mebibytes(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"
+
 
 def dry_run(config: TrainConfig) -> DryRun:
     """Works out what a run would do and need; reads only the data set's manifest, if there is one.

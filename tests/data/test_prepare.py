@@ -74,7 +74,7 @@ def test_a_finished_data_set_is_left_alone(destination):
     assert content(destination) == before
 
 
-def stop_after(monkeypatch, num_shards):
+def kill_after(monkeypatch, num_shards, destination):
     """Kills prepare, as far as a test in one process can: the write of the next shard never happens."""
     written = []
 
@@ -86,15 +86,16 @@ def stop_after(monkeypatch, num_shards):
         storage_write(location, data)
 
     storage_write = storage.write_bytes
-    monkeypatch.setattr(storage, "write_bytes", write)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_bytes", write)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_digits(destination)
 
 
 def test_a_killed_prepare_leaves_no_manifest_and_continues_without_redoing_finished_shards(
     destination, tmp_path, monkeypatch
 ):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_after(patch, 2)
-        prepare_digits(destination)
+    kill_after(monkeypatch, 2, destination)
     assert set(content(destination)) == {"source.json", "shard-000000.tar", "shard-000001.tar"}
     with pytest.raises(UserError, match="half-written"):
         load_manifest(destination)
@@ -111,9 +112,7 @@ def test_a_killed_prepare_leaves_no_manifest_and_continues_without_redoing_finis
 
 
 def test_a_shard_that_is_damaged_when_prepare_continues_is_made_again(destination, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_after(patch, 2)
-        prepare_digits(destination)
+    kill_after(monkeypatch, 2, destination)
     path = f"{destination}/shard-000001.tar"
     storage.write_bytes(path, storage.read_bytes(path)[:5000])
     assert prepare_digits(destination).num_skipped == 1
@@ -125,16 +124,14 @@ def test_a_finished_data_set_is_never_overwritten_by_another(destination):
     prepare_digits(destination)
     before = content(destination)
     for options in ({"image_size": 16}, {"image_channels": 3}, {"images_per_shard": 400}):
-        with pytest.raises(UserError, match="holds another data set .* choose another --destination or delete it"):
+        with pytest.raises(UserError, match=r"holds another data set .* choose another --destination or delete it"):
             prepare_digits(destination, **options)
     assert content(destination) == before
 
 
 def test_a_data_set_that_was_begun_is_never_continued_with_other_options(destination, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_after(patch, 1)
-        prepare_digits(destination)
-    with pytest.raises(UserError, match="beginning of another data set .* choose another --destination"):
+    kill_after(monkeypatch, 1, destination)
+    with pytest.raises(UserError, match=r"beginning of another data set .* choose another --destination"):
         prepare_digits(destination, image_size=16)
 
 

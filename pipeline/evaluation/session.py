@@ -1,0 +1,18 @@
+"""The evaluate job: MLflow first, Ray only if there is something to do."""
+
+from pipeline import cluster
+from pipeline.config import EvaluateConfig
+from pipeline.evaluation.evaluator import Evaluation, evaluate, select
+from pipeline.tracking import Tracker
+
+__all__ = ["evaluate_job"]
+
+
+def evaluate_job(config: EvaluateConfig) -> list[Evaluation]:
+    """Evaluates what ``config`` selects. Raises as ``evaluate``."""
+    tracker = Tracker()
+    todo = select(config, tracker)
+    if not todo:
+        return []  # a schedule fires often: this costs no cluster
+    with cluster.connect(num_cpus=config.cluster.num_workers * config.cluster.cpus_per_worker):
+        return evaluate(config, tracker, todo)
