@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 import tyro
 
 from pipeline import cluster
+from pipeline.config import TrainConfig
 from pipeline.errors import UserError, WorldError
 from pipeline.presets import PRESETS, preset
 
@@ -69,9 +70,19 @@ def parse_with_preset(arguments: type[A], argv: list[str], *, program: str) -> A
     word = _value_of("--preset", argv)
     if word is None or word not in PRESETS:
         return parse(arguments, argv, program=program)
-    field = next(entry.name for entry in dataclasses.fields(cast(Any, arguments)) if entry.name in ("config", "base"))
-    default = dataclasses.replace(cast(Any, arguments()), **{field: preset(word)})
-    return parse(arguments, argv, program=program, default=cast(A, default))
+    return parse(arguments, argv, program=program, default=_with_preset(arguments(), preset(word)))
+
+
+def _with_preset(arguments: A, base: TrainConfig) -> A:
+    """Puts the preset where the ``TrainConfig`` is, at whatever depth."""
+    changes: dict[str, Any] = {}
+    for entry in dataclasses.fields(cast(Any, arguments)):
+        value = getattr(arguments, entry.name)
+        if isinstance(value, TrainConfig):
+            changes[entry.name] = base
+        elif dataclasses.is_dataclass(value):
+            changes[entry.name] = _with_preset(value, base)
+    return cast(A, dataclasses.replace(cast(Any, arguments), **changes))
 
 
 def _value_of(flag: str, argv: list[str]) -> str | None:

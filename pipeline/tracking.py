@@ -40,7 +40,7 @@ STALE_SECONDS = 90.0
 """A RUNNING run whose driver has been silent for this long may be taken over."""
 
 _OWNER, _HEARTBEAT = "ddpm.owner", "ddpm.heartbeat"
-_STEP, _EVAL_STATUS = "step", "eval_status"
+_RUN_NAME, _STEP, _EVAL_STATUS = "run_name", "step", "eval_status"
 _MODEL_TYPE = "ddpm-checkpoint"
 _BATCH_METRICS = 900  # a batch takes at most 1,000
 
@@ -69,6 +69,11 @@ class Checkpoint:
     def has_result(self, identity: str) -> bool:
         """Whether a result of the protocol with this identity is already there."""
         return _protocol_tag(identity) in self.tags
+
+    def result(self, identity: str) -> dict[str, Any]:
+        """The stored result: ``metrics`` and ``protocol``."""
+        record: dict[str, Any] = json.loads(self.tags[_protocol_tag(identity)])
+        return record
 
 
 class TrackedRun:
@@ -133,10 +138,10 @@ class TrackedRun:
         """
         model = self._client.create_logged_model(
             self.experiment_id,
-            name=f"{self.name}-step-{step:08d}",
+            name=f"{self.name.replace('.', '_')}-step-{step:08d}",  # MLflow allows no dots there
             source_run_id=self.run_id,
             model_type=_MODEL_TYPE,
-            tags={**tags, _STEP: str(step), _EVAL_STATUS: "pending"},
+            tags={**tags, _RUN_NAME: self.name, _STEP: str(step), _EVAL_STATUS: "pending"},
         )
         self._client.log_model_artifacts(model.model_id, str(folder))
         self._client.finalize_logged_model(model.model_id, "READY")
@@ -388,7 +393,7 @@ def _checkpoint(model: "LoggedModel") -> Checkpoint:
     return Checkpoint(
         model_id=model.model_id,
         run_id=model.source_run_id or "",
-        run_name=model.name.rpartition("-step-")[0],
+        run_name=model.tags[_RUN_NAME],
         step=int(model.tags[_STEP]),
         artifact_uri=model.artifact_location,
         tags=dict(model.tags),

@@ -12,6 +12,7 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 from ray.util import ActorPool
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
 from pipeline import cluster
@@ -156,6 +157,8 @@ def open_workers(config: ClusterConfig, protocol: ProtocolConfig, *, most: int) 
         num_gpus=1 if config.use_gpu else 0,
         max_restarts=config.max_failures,
         max_task_retries=config.max_failures,
+        # Within a trial of a sweep: beside the trial's own share of the cluster, which holds no CPU.
+        scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),
     )
     actors: list[Any] = [actor.remote(protocol, config.cpus_per_worker, config.use_gpu) for _ in range(count)]
     try:

@@ -60,10 +60,22 @@ def evaluate(config: EvaluateConfig, tracker: Tracker, todo: Sequence[Checkpoint
         return [_evaluate_one(config, tracker, checkpoint, extractor, workers) for checkpoint in todo]
 
 
-def evaluate_last(config: EvaluateConfig, run: str, tracker: Tracker) -> Evaluation | None:
-    """Evaluates the last checkpoint of a run that has just been trained; None if it has the result already."""
+def evaluate_last(config: EvaluateConfig, run: str, tracker: Tracker) -> Evaluation:
+    """The result of a run's last checkpoint: measured now, or the stored one of the same protocol.
+
+    Raises:
+        UserError: As ``select``.
+        WorldError: As ``evaluate``.
+    """
     config = replace(config, run=run, pending=False, last=True)
-    return next(iter(evaluate(config, tracker, select(config, tracker))), None)
+    measured = evaluate(config, tracker, select(config, tracker))
+    if measured:
+        return measured[0]
+    extractor = load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
+    checkpoint = _selected(config, tracker)[0]
+    protocol = _protocol(config, checkpoint, extractor)
+    stored = checkpoint.result(protocol.identity)
+    return _evaluation(config, checkpoint, protocol, stored["metrics"][protocol.metric], seconds=0.0)
 
 
 def select(config: EvaluateConfig, tracker: Tracker) -> list[Checkpoint]:
@@ -73,6 +85,12 @@ def select(config: EvaluateConfig, tracker: Tracker) -> list[Checkpoint]:
         UserError: Unknown experiment or run, a run without checkpoints, refused weights of the feature network.
     """
     extractor = load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
+    found = _selected(config, tracker)
+    todo = [c for c in found if not c.has_result(_protocol(config, c, extractor).identity)]
+    return todo[: config.max_checkpoints]
+
+
+def _selected(config: EvaluateConfig, tracker: Tracker) -> list[Checkpoint]:
     experiment_id = tracker.experiment(config.experiment, create=False)
     run_id = None
     if config.run is not None:
@@ -94,8 +112,7 @@ def select(config: EvaluateConfig, tracker: Tracker) -> list[Checkpoint]:
         for checkpoint in found:
             last[checkpoint.run_id] = max(last.get(checkpoint.run_id, checkpoint), checkpoint, key=lambda c: c.step)
         found = [checkpoint for checkpoint in found if checkpoint is last[checkpoint.run_id]]
-    todo = [c for c in found if not c.has_result(_protocol(config, c, extractor).identity)]
-    return todo[: config.max_checkpoints]
+    return found
 
 
 def _protocol(config: EvaluateConfig, checkpoint: Checkpoint, extractor: FeatureExtractor) -> Protocol:
@@ -125,15 +142,21 @@ def _evaluate_one(
         protocol={**protocol.to_record(), "code": code_record().get("git_commit", code_record()["source_sha256"])},
         metrics={protocol.metric: value},
     )
+    return _evaluation(config, checkpoint, protocol, value, seconds=time.monotonic() - started)
+
+
+def _evaluation(
+    config: EvaluateConfig, checkpoint: Checkpoint, protocol: Protocol, value: float, *, seconds: float
+) -> Evaluation:
     return Evaluation(
         run=checkpoint.run_name,
         step=checkpoint.step,
         model_id=checkpoint.model_id,
         metric=protocol.metric,
         value=value,
-        num_images=generated.n,
+        num_images=config.protocol.num_images,
         identity=protocol.identity,
-        seconds=time.monotonic() - started,
+        seconds=seconds,
     )
 
 

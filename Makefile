@@ -1,0 +1,67 @@
+# make train: from a clone to samples of a trained model. make test: everything CI checks.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# Where torch comes from. On Linux the public index serves CUDA builds; for a smaller CPU build point pip at the CPU
+# index of PyTorch: make install TORCH_PIP_ARGS="--index-url ..."
+TORCH_PIP_ARGS ?=
+# Further flags of the job that a target starts: make train ARGS="--steps 2000"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev train tune evaluate lint types format test test-fast clean
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
+
+install: $(VENV)/installed ## Create .venv from pinned versions
+
+install-dev: $(VENV)/installed-dev ## Add what the tests need
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@echo "installing into $(VENV) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) $(TORCH_PIP_ARGS) torch
+	@$(PIP) --editable .
+	@touch $@
+
+# torch-fidelity is an oracle of the tests. It asks for torchvision, whose builds do not fit every torch, and needs it
+# for nothing that the tests use.
+$(VENV)/installed-dev: $(VENV)/installed
+	@echo "installing what the tests need ..."
+	@$(PIP) --editable '.[dev]'
+	@$(PIP) --no-deps torch-fidelity
+	@touch $@
+
+train: install ## Train on handwritten digits and evaluate: minutes on two CPU cores
+	@$(BIN)/python jobs/prepare_data.py --source digits
+	@$(BIN)/python jobs/train.py --preset digits --evaluate $(ARGS)
+
+tune: install ## Sweep four noise schedules on handwritten digits
+	@$(BIN)/python jobs/prepare_data.py --source digits
+	@$(BIN)/python jobs/tune.py --preset digits --steps 300 --num-images 500 $(ARGS)
+
+evaluate: install ## Evaluate all checkpoints that lack a result
+	@$(BIN)/python jobs/evaluate.py --pending $(ARGS)
+
+lint: install-dev ## Check style
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: install-dev ## Check types
+	@$(BIN)/mypy
+
+format: install-dev ## Repair style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+test: lint types ## All checks and tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-fast: lint types ## Without the tests that start real clusters
+	@$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+clean: ## Remove .venv and caches; runs and data sets are not touched
+	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
