@@ -21,6 +21,8 @@ __all__ = ["connect", "fits", "set_environment"]
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
+    # Ray Tune draws tables of its own; a sweep prints one line a trial.
+    "RAY_AIR_NEW_OUTPUT": "0",
     # Ray Train copies each worker's prints to the driver a second time.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # The controller commits a checkpoint and notices a dead worker on this poll; the default of 2 s is a long time

@@ -158,7 +158,7 @@ def open_workers(config: ClusterConfig, protocol: ProtocolConfig, *, most: int) 
         max_restarts=config.max_failures,
         max_task_retries=config.max_failures,
         # Within a trial of a sweep: beside the trial's own share of the cluster, which holds no CPU.
-        scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),
+        scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),  # type: ignore[arg-type]
     )
     actors: list[Any] = [actor.remote(protocol, config.cpus_per_worker, config.use_gpu) for _ in range(count)]
     try:
