@@ -86,12 +86,14 @@ def _with_preset(arguments: A, base: TrainConfig) -> A:
 
 
 def _value_of(flag: str, argv: list[str]) -> str | None:
+    """The value that tyro takes as well: the last one given."""
+    value = None
     for index, word in enumerate(argv):
         if word == flag and index + 1 < len(argv):
-            return argv[index + 1]
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2]
-    return None
+            value = argv[index + 1]
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+    return value
 
 
 def run_job(job: Callable[[list[str]], tuple[Result, str]], argv: list[str] | None = None) -> None:

@@ -200,7 +200,7 @@ class TrainConfig:
     """MLflow experiment."""
     seed: int = 0
     """Seed of initial weights, image order, timesteps and noise."""
-    steps: int = 1000
+    steps: int = 1500
     """Optimizer steps."""
     log_every: int = 25
     """Steps between metrics."""

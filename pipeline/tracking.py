@@ -41,6 +41,8 @@ STALE_SECONDS = 90.0
 
 _OWNER, _HEARTBEAT = "ddpm.owner", "ddpm.heartbeat"
 _RUN_NAME, _STEP, _EVAL_STATUS = "run_name", "step", "eval_status"
+# Without it the UI guesses from the contents and may show the pages for language models.
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _MODEL_TYPE = "ddpm-checkpoint"
 _BATCH_METRICS = 900  # a batch takes at most 1,000
 
@@ -197,7 +199,7 @@ class Tracker:
             raise UserError(f"no experiment {name!r} in {self.shown_uri}; known: {known}")
         # A local store would put artifacts into ./mlartifacts of whatever the working directory is.
         local = None if self.uri.startswith("http") else _file_uri(storage.join(storage.home(), "mlartifacts", name))
-        return self.client.create_experiment(name, artifact_location=local)
+        return self.client.create_experiment(name, artifact_location=local, tags=_EXPERIMENT_TAGS)
 
     def start_run(
         self,
@@ -292,7 +294,7 @@ class Tracker:
 
     def ui_command(self, run_id: str, experiment_id: str) -> list[str]:
         """What a person types to see a run: lines of a command (if a server must be started) and the address."""
-        page = f"/#/experiments/{experiment_id}/runs/{run_id}"
+        page = f"/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
         if self.uri.startswith("http"):
             return [f"{self.shown_uri.rstrip('/')}{page}"]
         program = Path(sys.executable).with_name("mlflow")

@@ -112,6 +112,10 @@ class Upsample(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups as in the paper; a width that 32 does not divide (a small model's) takes its largest divisor below."""
-    groups = max(n for n in range(1, min(32, channels) + 1) if channels % n == 0)
+    """32 groups as in the paper; narrow layers (a small model's) take fewer, of at least two channels each.
+
+    A group of one channel would subtract every channel's mean and with it whatever the bias before it does: that bias
+    then has a gradient of pure rounding noise, which Adam turns into steps of full size.
+    """
+    groups = max(n for n in range(1, min(32, max(1, channels // 2)) + 1) if channels % n == 0)
     return nn.GroupNorm(groups, channels, eps=1e-6)

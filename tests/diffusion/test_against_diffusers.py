@@ -52,7 +52,7 @@ def twins() -> tuple[torch.nn.Module, UNet]:
     torch.manual_seed(0)
     theirs = diffusers.UNet2DModel(
         sample_size=32,
-        block_out_channels=(32, 64, 64, 64),
+        block_out_channels=(64, 128, 128, 128),
         layers_per_block=2,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
@@ -67,7 +67,7 @@ def twins() -> tuple[torch.nn.Module, UNet]:
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
-    ours = UNet(image_size=32, base_channels=32, channel_mult=(1, 2, 2, 2)).eval()
+    ours = UNet(image_size=32, base_channels=64, channel_mult=(1, 2, 2, 2)).eval()
     ours.load_state_dict(our_state(theirs.state_dict(), ours.state_dict()))
     return theirs, ours
 

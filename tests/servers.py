@@ -1,0 +1,159 @@
+"""Real servers for tests, each a child process on free loopback ports with its data in a temporary folder."""
+
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+GRPC_OFFSET = 10_000
+"""SeaweedFS puts the gRPC port of every component this far above its HTTP port."""
+
+_SCRIPTS = Path(sys.executable).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credentials:
+    """Keys of one S3 user."""
+
+    access_key: str
+    secret_key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class S3Server:
+    """A running SeaweedFS with an administrator and a user who may only read."""
+
+    endpoint: str
+    admin: Credentials
+    reader: Credentials
+
+    def environment(self, user: Credentials | None = None) -> dict[str, str]:
+        """What a process needs in its environment to reach the server, as the administrator unless told otherwise."""
+        user = user or self.admin
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": user.access_key,
+            "AWS_SECRET_ACCESS_KEY": user.secret_key,
+        }
+
+
+def find_program(name: str) -> str | None:
+    """A program of this virtual environment, else one on the PATH."""
+    beside = _SCRIPTS / name
+    return str(beside) if beside.exists() else shutil.which(name)
+
+
+@contextmanager
+def seaweedfs(program: str, folder: Path) -> Iterator[S3Server]:
+    """Runs SeaweedFS: ready after about a second, killed at the end (it loses nothing that it acknowledged)."""
+    s3, master, volume, filer, admin = _free_ports(5, offsets=(0, GRPC_OFFSET))
+    users = {
+        "admin": Credentials(access_key="admin-key", secret_key="admin-secret-0123456789"),
+        "reader": Credentials(access_key="reader-key", secret_key="reader-secret-0123456789"),
+    }
+    actions = {"admin": ["Admin", "Read", "Write", "List", "Tagging"], "reader": ["Read", "List"]}
+    identities = [
+        {
+            "name": name,
+            "credentials": [{"accessKey": keys.access_key, "secretKey": keys.secret_key}],
+            "actions": actions[name],
+        }
+        for name, keys in users.items()
+    ]
+    (folder / "data").mkdir()
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+    command = [
+        program, "-logtostderr", "mini", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        f"-s3.port={s3}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}",
+        f"-admin.port={admin}", f"-s3.config={folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0",
+        "-webdav=false", "-admin.ui=false", "-master.telemetry=false",
+    ]  # fmt: skip
+    endpoint = f"http://127.0.0.1:{s3}"
+    try:
+        with _running(command, log=folder / "seaweedfs.log", ready=f"{endpoint}/healthz", seconds=30):
+            yield S3Server(endpoint=endpoint, admin=users["admin"], reader=users["reader"])
+    finally:
+        for port in (s3, filer, volume, master, admin):
+            for left_behind in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                left_behind.unlink(missing_ok=True)
+
+
+@contextmanager
+def mlflow_server(folder: Path) -> Iterator[str]:
+    """Runs an MLflow server over sqlite that keeps the artifacts itself; yields its URI. Ready after 5 to 20 s."""
+    (port,) = _free_ports(1, offsets=(0,))
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
+        "--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port),
+        "--workers", "1",
+    ]  # fmt: skip
+    uri = f"http://127.0.0.1:{port}"
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with _running(command, log=folder / "mlflow.log", ready=f"{uri}/health", seconds=120, environment=quiet):
+        yield uri
+
+
+@contextmanager
+def _running(
+    command: Sequence[str], *, log: Path, ready: str, seconds: float, environment: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """Runs a server in a session of its own, so that its children end with it and nobody else does."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+            cwd=log.parent,
+            start_new_session=True,
+        )
+    try:
+        _wait_until_ready(process, ready, seconds, log)
+        yield
+    finally:
+        os.killpg(process.pid, 9)
+        process.wait()
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, seconds: float, log: Path) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended with {process.returncode}:\n{log.read_text()[-2000:]}")
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.05)
+    raise RuntimeError(f"{url} did not answer within {seconds} s:\n{log.read_text()[-2000:]}")
+
+
+def _free_ports(count: int, *, offsets: Sequence[int]) -> list[int]:
+    """Ports that are free together with those at the given offsets, below the range that the kernel hands out."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(15_000, 22_000), 500):
+        if all(_is_free(port + offset) for offset in offsets):
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise RuntimeError("no free ports")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

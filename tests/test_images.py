@@ -1,0 +1,155 @@
+"""Numbers to bytes and back."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.images import decode_image, encode_png, image_grid, to_model_range, to_uint8
+
+
+def encoded(mode: str, image_format: str, size: tuple[int, int] = (5, 3)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, color=255 if mode in ("L", "1") else None).save(buffer, format=image_format)
+    return buffer.getvalue()
+
+
+def some_pixels(channels: int) -> torch.Tensor:
+    return torch.randint(0, 256, (channels, 6, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_all_256_bytes_survive_the_way_to_model_values_and_back():
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    assert torch.equal(to_uint8(to_model_range(pixels)), pixels)
+
+
+def test_bytes_map_to_the_ends_of_the_model_range():
+    x = to_model_range(torch.tensor([0, 255], dtype=torch.uint8))
+    assert x.dtype == torch.float32
+    assert x.tolist() == [-1.0, 1.0]
+
+
+def test_the_model_range_is_that_of_the_paper_s_code():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    expected = torch.arange(256, dtype=torch.float32) / 127.5 - 1
+    assert torch.equal(to_model_range(pixels), expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "byte"),
+    [
+        (-1.0, 0),
+        (1.0, 255),
+        (0.0, 128),  # 127.5 is a tie, and ties go to the even number
+        (0.4 / 127.5 - 1, 0),
+        (0.6 / 127.5 - 1, 1),
+        (1 - 0.4 / 127.5, 255),
+        (1 - 0.6 / 127.5, 254),
+        (-7.0, 0),
+        (7.0, 255),
+    ],
+)
+def test_model_values_are_clamped_and_rounded_to_the_nearest_byte(value, byte):
+    assert to_uint8(torch.tensor([value])).tolist() == [byte]
+
+
+def test_ties_are_rounded_to_even():
+    x = (torch.tensor([0.5, 1.5, 2.5], dtype=torch.float64) / 127.5 - 1).float()
+    scaled = x.add(1).mul(127.5)
+    assert to_uint8(x).tolist() == scaled.round().to(torch.uint8).tolist()
+
+
+def test_conversions_leave_their_argument_alone():
+    pixels, x = torch.tensor([7], dtype=torch.uint8), torch.tensor([0.3])
+    to_model_range(pixels)
+    to_uint8(x)
+    assert pixels.tolist() == [7]
+    assert x.tolist() == [pytest.approx(0.3)]
+
+
+def test_half_precision_values_become_the_bytes_of_their_float32_values():
+    x = torch.linspace(-1.2, 1.2, 999).half()
+    assert torch.equal(to_uint8(x), to_uint8(x.float()))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_is_lossless(channels):
+    pixels = some_pixels(channels)
+    assert np.array_equal(decode_image(encode_png(pixels), channels), pixels.numpy())
+
+
+def test_the_same_pixels_give_the_same_png():
+    assert encode_png(some_pixels(3)) == encode_png(some_pixels(3))
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_common_formats_decode_to_channels_first_bytes(image_format, channels):
+    array = decode_image(encoded("RGB", image_format), channels)
+    assert array.shape == (channels, 3, 5)
+    assert array.dtype == np.uint8
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 3), ("RGB", 1), ("RGBA", 3), ("P", 3), ("1", 1), ("LA", 1)])
+def test_any_colour_mode_decodes_to_the_channels_asked_for(mode, channels):
+    assert decode_image(encoded(mode, "PNG"), channels).shape == (channels, 3, 5)
+
+
+def test_decoded_pixels_keep_row_and_column():
+    pixels = torch.zeros(3, 4, 6, dtype=torch.uint8)
+    pixels[1, 2, 5] = 200
+    assert np.argwhere(decode_image(encode_png(pixels), 3)).tolist() == [[1, 2, 5]]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"not an image", encoded("RGB", "PNG")[:40], encoded("RGB", "JPEG")[:100], b"\x89PNG\r\n\x1a\n" + b"\0" * 50],
+    ids=["empty", "text", "truncated png", "truncated jpeg", "png header alone"],
+)
+def test_broken_bytes_are_refused_with_one_kind_of_error(data):
+    with pytest.raises(ValueError, match="not a readable image"):
+        decode_image(data, 3)
+
+
+def test_a_png_with_a_damaged_checksum_is_refused():
+    data = bytearray(encode_png(some_pixels(3)))
+    data[data.index(b"IDAT") + 10] ^= 0xFF
+    with pytest.raises(ValueError, match="not a readable image"):
+        decode_image(bytes(data), 3)
+
+
+def test_a_decompression_bomb_is_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"not a readable image: .*decompression bomb"):
+        decode_image(encoded("L", "PNG", size=(100, 100)), 1)
+
+
+def test_a_grid_lays_images_out_row_by_row_with_white_gaps():
+    images = torch.arange(3, dtype=torch.uint8).reshape(3, 1, 1, 1).expand(3, 1, 2, 2)
+    w = 255
+    assert image_grid(images, min_side=1, gap=1)[0].tolist() == [
+        [w, w, w, w, w, w, w],
+        [w, 0, 0, w, 1, 1, w],
+        [w, 0, 0, w, 1, 1, w],
+        [w, w, w, w, w, w, w],
+        [w, 2, 2, w, w, w, w],
+        [w, 2, 2, w, w, w, w],
+        [w, w, w, w, w, w, w],
+    ]
+
+
+@pytest.mark.parametrize(("batch", "rows", "columns"), [(1, 1, 1), (2, 1, 2), (5, 2, 3), (9, 3, 3), (64, 8, 8)])
+def test_a_grid_is_as_square_as_it_can_be(batch, rows, columns):
+    sheet = image_grid(torch.zeros(batch, 3, 4, 4, dtype=torch.uint8), min_side=1, gap=0)
+    assert sheet.shape == (3, rows * 4, columns * 4)
+
+
+def test_a_small_grid_is_enlarged_by_whole_pixels():
+    images = torch.tensor([10, 20], dtype=torch.uint8).reshape(2, 1, 1, 1)
+    assert image_grid(images, min_side=5, gap=0)[0].tolist() == [[10, 10, 10, 20, 20, 20]] * 3
+
+
+def test_a_grid_that_is_wide_enough_is_not_enlarged():
+    assert image_grid(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), min_side=8, gap=0).shape == (1, 8, 8)
