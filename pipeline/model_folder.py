@@ -60,7 +60,7 @@ class Meta:
 
 def build_unet(config: ModelConfig, *, seed: int = 0) -> UNet:
     """The network, with initial weights that are a function of the seed alone."""
-    unet = UNet(
+    return UNet(
         image_size=config.image_size,
         in_channels=config.image_channels,
         base_channels=config.base_channels,
@@ -68,10 +68,8 @@ def build_unet(config: ModelConfig, *, seed: int = 0) -> UNet:
         num_res_blocks=config.num_res_blocks,
         attention_resolutions=config.attention_resolutions,
         dropout=config.dropout,
+        generator=torch.Generator("cpu").manual_seed(draws.torch_seed(seed, draws.Purpose.INIT)),
     )
-    if next(unet.parameters()).device.type != "meta":
-        unet.reset_parameters(torch.Generator().manual_seed(draws.torch_seed(seed, draws.Purpose.INIT)))
-    return unet
 
 
 def build_schedule(config: ScheduleConfig) -> NoiseSchedule:
@@ -118,11 +116,11 @@ def read_meta(folder: Path) -> Meta:
         return Meta(
             step=int(record["step"]),
             config=from_flat(TrainConfig, record["config"]),
-            data=record["data"],
-            code=record["code"],
-            files=record["files"],
+            data=dict(record["data"]),
+            code=dict(record["code"]),
+            files=dict(record["files"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise WorldError(f"{folder}/{META_FILE} was written by other code: {error}") from error
         raise WorldError(f"{folder}/{META_FILE} is missing or damaged: {error!r}") from error

@@ -161,7 +161,7 @@ class Tracker:
         """Connects to ``MLFLOW_TRACKING_URI``, else to ``mlflow.db`` under ``$DDPM_HOME``, created if missing.
 
         Raises:
-            WorldError: The server does not answer.
+            WorldError: The server does not answer, or the store cannot be opened.
             UserError: ``$DDPM_HOME`` is remote and no tracking URI is given.
         """
         self.uri = _tracking_uri()
@@ -170,13 +170,16 @@ class Tracker:
         import mlflow
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
-        mlflow.set_tracking_uri(self.uri)
-        self.client: MlflowClient = MlflowClient(self.uri)
         try:
+            mlflow.set_tracking_uri(self.uri)
+            self.client: MlflowClient = MlflowClient(self.uri)
             self.client.search_experiments(max_results=1)
-        except MlflowException as error:
-            raise WorldError(f"MLflow at {self.shown_uri} refused: {error.message}") from error
+        except (MlflowException, SQLAlchemyError, ImportError) as error:
+            # ImportError: the database's driver is not installed.
+            reason = str(error).strip().partition("\n")[0]
+            raise WorldError(f"MLflow at {self.shown_uri} refused: {reason}") from error
 
     @property
     def shown_uri(self) -> str:

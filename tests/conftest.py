@@ -11,7 +11,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))
 
-from servers import S3Server, find_program, mlflow_server, seaweedfs
+from servers import S3Server, find_program, forget_s3_client, mlflow_server, seaweedfs
 
 from pipeline import storage
 
@@ -42,9 +42,9 @@ def isolated_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 def isolated_test(isolated_session: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Gives each test its own ``$DDPM_HOME`` and S3 client."""
     _isolate(monkeypatch, tmp_path / "home")
-    storage._s3_of_process.cache_clear()
+    forget_s3_client()
     yield
-    storage._s3_of_process.cache_clear()
+    forget_s3_client()
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +62,7 @@ def bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """A fresh bucket, ``s3://...``, that this test may read and write."""
     for name, value in s3.environment().items():
         monkeypatch.setenv(name, value)
+    forget_s3_client()
     name = f"test-{uuid.uuid4().hex[:12]}"
     storage._s3().create_bucket(Bucket=name)
     return f"s3://{name}"

@@ -15,6 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import boto3
+
+from pipeline import storage
+
 GRPC_OFFSET = 10_000
 """SeaweedFS puts the gRPC port of every component this far above its HTTP port."""
 
@@ -54,6 +58,12 @@ def find_program(name: str) -> str | None:
     return str(beside) if beside.exists() else shutil.which(name)
 
 
+def forget_s3_client() -> None:
+    """Makes the next access to S3 read the environment again; boto3 keeps credentials in its default session."""
+    storage._s3_of_process.cache_clear()
+    boto3.DEFAULT_SESSION = None
+
+
 @contextmanager
 def seaweedfs(program: str, folder: Path) -> Iterator[S3Server]:
     """Runs SeaweedFS: ready after about a second, killed at the end (it loses nothing that it acknowledged)."""
@@ -84,7 +94,8 @@ def seaweedfs(program: str, folder: Path) -> Iterator[S3Server]:
         with _running(command, log=folder / "seaweedfs.log", ready=f"{endpoint}/healthz", seconds=30):
             yield S3Server(endpoint=endpoint, admin=users["admin"], reader=users["reader"])
     finally:
-        for port in (s3, filer, volume, master, admin):
+        ports = (s3, filer, volume, master, admin)
+        for port in (*ports, *(port + GRPC_OFFSET for port in ports)):
             for left_behind in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                 left_behind.unlink(missing_ok=True)
 

@@ -1,13 +1,13 @@
 """Bytes on local paths and on a real S3 server, behind the same functions."""
 
-import multiprocessing
 import os
 import stat
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from servers import Credentials, S3Server
+from servers import Credentials, S3Server, forget_s3_client
 
 from pipeline import storage
 from pipeline.errors import UserError, WorldError
@@ -22,7 +22,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def use(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    storage._s3_of_process.cache_clear()
+    forget_s3_client()
 
 
 def one_line(error: pytest.ExceptionInfo[WorldError], *words: str) -> str:
@@ -249,16 +249,14 @@ def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(WorldError) as error:
         storage.write_bytes(str(tmp_path / "file" / "below"), b"x")
-    assert str(error.value) == f"cannot write {tmp_path}/file/below: Not a directory" or "File exists" in str(
-        error.value
-    )
+    one_line(error, f"cannot write {tmp_path}/file/below: ")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_write_permission_is_one_clear_line(tmp_path):
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o500)
-    with pytest.raises(WorldError, match="Permission denied$"):
+    with pytest.raises(WorldError, match=r"Permission denied$"):
         storage.write_bytes(str(folder / "file"), b"x")
 
 
@@ -280,26 +278,14 @@ def test_a_written_file_has_the_permissions_of_any_new_file(tmp_path):
 def test_a_reader_sees_the_old_bytes_or_the_new_ones_and_never_a_part(tmp_path):
     location, versions = str(tmp_path / "file"), [bytes([value]) * 200_000 for value in (1, 2)]
     storage.write_bytes(location, versions[0])
-    writer = multiprocessing.get_context("spawn").Process(target=_write_in_turn, args=(location, versions, 200))
-    writer.start()
-    try:
-        seen = {storage.read_bytes(location) for _ in _until_dead(writer)}
-    finally:
-        writer.kill()
-        writer.join()
-    assert seen <= set(versions)
-
-
-def _write_in_turn(location: str, versions: list[bytes], times: int) -> None:
-    for index in range(times):
-        storage.write_bytes(location, versions[index % 2])
-
-
-def _until_dead(process: multiprocessing.Process):
-    deadline = time.monotonic() + 60
-    yield
-    while process.is_alive() and time.monotonic() < deadline:
-        yield
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        writer = pool.submit(lambda: [storage.write_bytes(location, versions[index % 2]) for index in range(100)])
+        seen = []
+        while not writer.done():
+            seen.append(storage.read_bytes(location))
+        writer.result()
+    assert len(seen) > 10
+    assert set(seen) <= set(versions)
 
 
 # S3's refusals.
@@ -330,7 +316,7 @@ def test_wrong_credentials_are_never_mistaken_for_a_missing_file(bucket, s3: S3S
 def test_missing_credentials_are_one_clear_line(bucket, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    storage._s3_of_process.cache_clear()
+    forget_s3_client()
     with pytest.raises(WorldError) as error:
         storage.read_bytes(f"{bucket}/x")
     one_line(error, f"cannot reach {bucket}/x: ", "credentials")

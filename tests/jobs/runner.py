@@ -12,7 +12,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
-TINY = ["--base-channels", "8", "--batch-size", "32", "--steps", "20", "--checkpoint-every", "10", "--log-every", "5", "--sampling-steps", "5", "--grid-images", "4"]
+TINY = ["--base-channels", "8", "--batch-size", "32", "--steps", "20", "--checkpoint-every", "10"]
+TINY += ["--log-every", "5", "--sampling-steps", "5", "--grid-images", "4"]
 """A run of seconds."""
 
 
@@ -55,5 +56,6 @@ def load_job(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module

@@ -41,7 +41,7 @@ def test_a_dry_run_counts_epochs_and_activations(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"image_size": 16}, r"holds 1x8x8 images, the model takes 1x16x16; give --image-size 8"),
+        ({"image_size": 16, "attention_resolutions": [8]}, r"holds 1x8x8 images, the model takes 1x16x16; give"),
         ({"batch_size": 1800, "num_streams": 12}, r"1797 images.*--batch-size 1800"),
         ({"T": 0}, r"T"),
         ({"beta_start": 0.03}, r"beta"),

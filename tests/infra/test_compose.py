@@ -1,0 +1,119 @@
+"""``infra/compose``: nothing is reachable from outside, nothing has a default password, everything says it is ready."""
+
+import re
+from importlib import metadata
+from typing import Any
+
+import click
+import pytest
+from infra_files import INFRA, load
+
+COMPOSE = INFRA / "compose"
+FILE = load(COMPOSE / "compose.yaml")
+SERVICES: dict[str, Any] = FILE["services"]
+SECRETS = ("PASSWORD", "SECRET", "ACCESS_KEY")
+
+
+def example_names() -> set[str]:
+    lines = (COMPOSE / ".env.example").read_text().splitlines()
+    return {line.partition("=")[0] for line in lines if line and not line.startswith("#")}
+
+
+def test_ports_are_bound_to_this_machine_only() -> None:
+    published = [port for service in SERVICES.values() for port in service.get("ports", [])]
+    assert sorted(published) == ["127.0.0.1:5000:5000", "127.0.0.1:8333:8333"]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_secret_comes_from_the_environment_and_is_required(name: str) -> None:
+    for key, value in SERVICES[name]["environment"].items():
+        if any(word in key for word in SECRETS):
+            assert re.fullmatch(r"\$\{\w+:\?[^}]+\}", value), f"{key} has a default"
+
+
+def test_no_command_line_carries_a_secret() -> None:
+    for service in SERVICES.values():
+        assert "${" not in " ".join(service.get("command", []))
+
+
+def test_the_example_names_every_variable_and_gives_no_value() -> None:
+    used = set(re.findall(r"\$\{(\w+)", (COMPOSE / "compose.yaml").read_text()))
+    lines = (COMPOSE / ".env.example").read_text().splitlines()
+    assert example_names() == used
+    assert all(line.endswith("=") for line in lines if line and not line.startswith("#"))
+
+
+def test_git_ignores_the_filled_in_environment() -> None:
+    assert ".env" in (COMPOSE / ".gitignore").read_text().split()
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_service_has_a_health_check_and_comes_back_after_a_crash(name: str) -> None:
+    check = SERVICES[name]["healthcheck"]
+    assert check["test"][0] == "CMD"
+    assert {"interval", "timeout", "retries"} <= check.keys()
+    assert SERVICES[name]["restart"] == "unless-stopped"
+
+
+def test_mlflow_waits_for_a_healthy_database_and_store() -> None:
+    conditions = {name: value["condition"] for name, value in SERVICES["mlflow"]["depends_on"].items()}
+    assert conditions == {"postgres": "service_healthy", "seaweedfs": "service_healthy"}
+
+
+@pytest.mark.parametrize(("name", "folder"), [("postgres", "/var/lib/postgresql/data"), ("seaweedfs", "/data")])
+def test_data_lives_in_named_volumes(name: str, folder: str) -> None:
+    (mount,) = SERVICES[name]["volumes"]
+    volume, _, target = mount.partition(":")
+    assert target == folder
+    assert volume in FILE["volumes"]
+
+
+def test_images_are_pinned() -> None:
+    images = [service["image"] for service in SERVICES.values() if "image" in service]
+    assert all(re.search(r":[0-9]+\.[0-9]+", image) for image in images)
+
+
+def test_mlflow_accepts_its_command_line() -> None:
+    options = mlflow_options()
+    assert options["artifacts_destination"].startswith("s3://")
+    assert options["serve_artifacts"] is True
+
+
+def test_mlflow_refuses_foreign_host_names_and_answers_to_its_own() -> None:
+    from mlflow.server.security_utils import is_allowed_host_header
+
+    allowed = mlflow_options()["allowed_hosts"].split(",")
+    assert all(is_allowed_host_header(allowed, host) for host in ("mlflow:5000", "localhost:5000", "127.0.0.1:5000"))
+    assert not is_allowed_host_header(allowed, "evil.example:5000")
+
+
+def test_the_bucket_that_mlflow_writes_to_is_created() -> None:
+    bucket = mlflow_options()["artifacts_destination"].removeprefix("s3://").partition("/")[0]
+    assert SERVICES["seaweedfs"]["environment"]["S3_BUCKET"] == bucket
+
+
+def test_mlflow_finds_the_other_services_by_name() -> None:
+    environment = SERVICES["mlflow"]["environment"]
+    assert "@postgres:5432/mlflow" in environment["MLFLOW_BACKEND_STORE_URI"]
+    assert environment["MLFLOW_S3_ENDPOINT_URL"] == "http://seaweedfs:8333"
+    assert "-s3.port=8333" in SERVICES["seaweedfs"]["command"]
+
+
+def test_mlflow_starts_no_job_runners() -> None:
+    assert SERVICES["mlflow"]["environment"]["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+
+
+def test_the_server_has_the_clients_version_and_is_not_root() -> None:
+    dockerfile = (COMPOSE / SERVICES["mlflow"]["build"]["dockerfile"]).read_text()
+    assert f"mlflow=={metadata.version('mlflow')} " in dockerfile
+    assert re.findall(r"^USER (\S+)", dockerfile, re.MULTILINE)[-1] not in ("root", "0")
+
+
+def mlflow_options() -> dict[str, Any]:
+    """What ``mlflow server`` understands of the command; an unknown flag raises."""
+    from mlflow.cli import server
+
+    program, verb, *flags = SERVICES["mlflow"]["command"]
+    assert (program, verb) == ("mlflow", "server")
+    assert isinstance(server, click.Command)
+    return server.make_context("server", flags).params

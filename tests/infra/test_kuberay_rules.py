@@ -1,0 +1,246 @@
+"""What no schema says of the Kubernetes objects: the operator's own rules, what objects know of each other, safety."""
+
+import re
+import shutil
+import subprocess
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from infra_files import INFRA, KUBERAY, Document, load, manifest, manifests, parsed, pod_templates
+
+# Imports of Ray warn of its own use of pydantic.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+CLUSTER, JOB, CRON = manifest("RayCluster"), manifest("RayJob"), manifest("CronJob")
+SPECS = {"RayCluster": CLUSTER["spec"], "RayJob": JOB["spec"]["rayClusterSpec"]}
+SUBMIT = CRON["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]
+SUBMITS_JOBS = {"ddpm-ray/submits-jobs": "yes"}
+
+
+def capacity(spec: Document, resource: str) -> int:
+    """How much of a resource the worker groups have at most."""
+    return sum(
+        group["maxReplicas"] * int(group["template"]["spec"]["containers"][0]["resources"]["limits"].get(resource, 0))
+        for group in spec["workerGroupSpecs"]
+    )
+
+
+def submitted() -> tuple[dict[str, Any], list[str]]:
+    """What ``ray job submit`` understands of the CronJob's command: its own options, and the job's command."""
+    from ray.dashboard.modules.job.cli import submit
+
+    assert SUBMIT["command"] == ["ray", "job", "submit"]
+    options = submit.make_context("submit", list(SUBMIT["args"])).params
+    return options, list(options["entrypoint"])
+
+
+@pytest.mark.parametrize(
+    ("document", "limit"), [(CLUSTER, 53), (JOB, 47), (CRON, 52)], ids=["RayCluster", "RayJob", "CronJob"]
+)
+def test_names_are_labels_short_enough_for_what_is_appended(document: Document, limit: int) -> None:
+    name = document["metadata"]["name"]
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name)
+    assert len(name) <= limit
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_ray_clusters_ask_for_a_token_and_name_the_version_of_ray_that_is_pinned(kind: str) -> None:
+    assert SPECS[kind]["authOptions"] == {"mode": "token"}
+    assert SPECS[kind]["rayVersion"] == ray.__version__
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_no_worker_lands_on_a_head(kind: str) -> None:
+    assert SPECS[kind]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_worker_groups_are_consistent(kind: str) -> None:
+    for group in SPECS[kind]["workerGroupSpecs"]:
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        assert group["template"]["spec"].get("restartPolicy", "Never") == "Never", "autoscaler v2 needs it"
+
+
+@pytest.mark.parametrize("name", pod_templates())
+def test_ray_pods_request_what_they_are_limited_to(name: str) -> None:
+    for container in pod_templates()[name]["spec"]["containers"]:
+        resources = container["resources"]
+        assert resources["limits"].keys() == resources["requests"].keys() >= {"cpu", "memory"}
+        if container["name"].startswith("ray-"):
+            assert resources["requests"] == resources["limits"], "Ray sizes a node by limits"
+
+
+def test_the_standing_cluster_scales_from_no_gpu_with_autoscaler_v2() -> None:
+    spec = CLUSTER["spec"]
+    assert spec["enableInTreeAutoscaling"] is True
+    assert spec["autoscalerOptions"]["version"] == "v2"
+    assert [group["minReplicas"] for group in spec["workerGroupSpecs"]] == [0]
+    assert (
+        manifest("ServiceAccount")["metadata"]["name"]
+        == spec["headGroupSpec"]["template"]["spec"]["serviceAccountName"]
+    )
+    assert spec["headGroupSpec"]["template"]["spec"].get("automountServiceAccountToken", True), (
+        "the autoscaler needs it"
+    )
+
+
+def test_the_training_job_satisfies_the_rules_of_the_operator() -> None:
+    spec = JOB["spec"]
+    assert spec["submissionMode"] == "K8sJobMode", "the schema takes any word"
+    assert spec["shutdownAfterJobFinishes"] is True, "ttlSecondsAfterFinished and suspension by a queue need it"
+    assert "deletionRules" not in spec.get("deletionStrategy", {})
+    assert spec["backoffLimit"] > 0
+    assert 0 < spec["preRunningDeadlineSeconds"] < spec["activeDeadlineSeconds"]
+    assert not {"entrypointNumCpus", "entrypointNumGpus"} & spec.keys(), "the driver stays on the head"
+
+
+def test_the_training_command_is_understood_and_resumes_by_name() -> None:
+    path, config = parsed(JOB["spec"]["entrypoint"])
+    assert path == "jobs/train.py"
+    assert config.name == JOB["metadata"]["name"]
+    assert config.preset == "cifar10"
+
+
+def test_the_training_workers_fit_into_the_jobs_cluster() -> None:
+    workers = parsed(JOB["spec"]["entrypoint"])[1].cluster
+    assert workers.use_gpu
+    assert workers.num_workers == capacity(SPECS["RayJob"], "nvidia.com/gpu")
+    assert workers.num_workers * workers.cpus_per_worker <= capacity(SPECS["RayJob"], "cpu")
+
+
+def test_the_scheduled_command_is_understood_and_measures_what_is_pending() -> None:
+    path, config = parsed(submitted()[1])
+    assert path == "jobs/evaluate.py"
+    assert config.pending
+    assert config.last
+    assert config.protocol.features == "inception"
+    assert config.protocol.inception_weights.startswith("$(DDPM_HOME)/")
+
+
+def test_the_evaluation_fits_into_the_standing_cluster() -> None:
+    workers = parsed(submitted()[1])[1].cluster
+    assert workers.use_gpu
+    assert workers.num_workers <= capacity(SPECS["RayCluster"], "nvidia.com/gpu")
+    assert workers.num_workers * workers.cpus_per_worker <= capacity(SPECS["RayCluster"], "cpu")
+
+
+def test_a_tick_is_submitted_under_its_own_name_and_waits_for_the_end() -> None:
+    options, _ = submitted()
+    environment = {entry["name"]: entry for entry in SUBMIT["env"]}
+    field = environment["SUBMISSION_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
+    assert options["submission_id"] == "$(SUBMISSION_ID)"
+    assert field == "metadata.labels['batch.kubernetes.io/job-name']"
+    assert options["no_wait"] is False, "Forbid holds only while the pod lives"
+    assert options["entrypoint_num_cpus"] is None
+    assert options["entrypoint_num_gpus"] is None
+
+
+def test_ticks_never_overlap_and_never_pile_up() -> None:
+    spec = CRON["spec"]
+    assert spec["concurrencyPolicy"] == "Forbid"
+    assert 0 < spec["startingDeadlineSeconds"] < 7200
+    assert spec["successfulJobsHistoryLimit"] >= 1
+    assert spec["failedJobsHistoryLimit"] >= 1
+    assert spec["jobTemplate"]["spec"]["backoffLimit"] == 0
+    assert len(spec["schedule"].split()) == 5
+
+
+def test_the_schedule_calls_the_standing_cluster_with_its_token() -> None:
+    environment = {entry["name"]: entry for entry in SUBMIT["env"]}
+    name = CLUSTER["metadata"]["name"]
+    assert environment["RAY_API_SERVER_ADDRESS"]["value"] == f"http://{name}-head-svc:8265"
+    assert environment["RAY_AUTH_MODE"]["value"] == "token"
+    assert environment["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": name, "key": "auth_token"}
+
+
+@pytest.mark.parametrize("name", pod_templates())
+def test_no_pod_runs_as_root_or_gains_privileges(name: str) -> None:
+    spec = pod_templates()[name]["spec"]
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["runAsUser"] == 1000
+    for container in spec["containers"]:
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
+@pytest.mark.parametrize("name", pod_templates())
+def test_only_the_pod_with_the_autoscaler_gets_access_to_the_api_server(name: str) -> None:
+    mounts = pod_templates()[name]["spec"].get("automountServiceAccountToken", True)
+    assert mounts is (name == "raycluster-head")
+
+
+@pytest.mark.parametrize("name", sorted(set(pod_templates()) - {"rayjob-submitter"}))
+def test_pods_get_their_settings_from_one_place_and_no_credentials(name: str) -> None:
+    settings = manifest("ConfigMap")
+    for container in pod_templates()[name]["spec"]["containers"]:
+        assert container["envFrom"] == [{"configMapRef": {"name": settings["metadata"]["name"]}}]
+    assert settings["data"]["DDPM_HOME"].startswith("s3://")
+    assert settings["data"]["MLFLOW_TRACKING_URI"].startswith("http")
+    assert not [key for key in settings["data"] if "KEY" in key or "SECRET" in key or "TOKEN" in key]
+
+
+@pytest.mark.parametrize("name", pod_templates())
+def test_pods_with_gpus_tolerate_the_taint_of_gpu_nodes(name: str) -> None:
+    spec = pod_templates()[name]["spec"]
+    has_gpu = "nvidia.com/gpu" in spec["containers"][0]["resources"]["limits"]
+    tolerates = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in spec.get("tolerations", [])
+    assert has_gpu == tolerates
+
+
+def test_outside_the_cluster_only_submitters_and_the_operator_reach_the_dashboard_and_nobody_the_other_ports() -> None:
+    policy = network_policy("ray-nodes")
+    assert policy["podSelector"]["matchLabels"] == {"ray.io/is-ray-node": "yes"}
+    assert "Ingress" in policy["policyTypes"]
+    inside, dashboard, metrics = policy["ingress"]
+    assert inside == {"from": [{"podSelector": {"matchLabels": {"ray.io/is-ray-node": "yes"}}}]}
+    assert [port["port"] for port in dashboard["ports"]] == [8265]
+    assert [port["port"] for port in metrics["ports"]] == [8080]
+    submitters, operator = dashboard["from"]
+    assert submitters == {"podSelector": {"matchLabels": SUBMITS_JOBS}}
+    assert operator["podSelector"]
+    assert operator["namespaceSelector"]
+
+
+def test_ray_pods_cannot_take_the_credentials_of_their_node() -> None:
+    policy = network_policy("ray-nodes")
+    (egress,) = policy["egress"]
+    assert "Egress" in policy["policyTypes"]
+    assert "169.254.169.254/32" in egress["to"][0]["ipBlock"]["except"]
+
+
+@pytest.mark.parametrize("name", ["cronjob", "rayjob-submitter"])
+def test_pods_that_submit_jobs_carry_the_label_that_lets_them_in(name: str) -> None:
+    assert pod_templates()[name]["metadata"]["labels"] == SUBMITS_JOBS
+
+
+def test_every_file_of_the_base_is_applied() -> None:
+    resources = load(KUBERAY / "kustomization.yaml")["resources"]
+    assert set(resources) == {path.name for path in KUBERAY.glob("*.yaml")} - {"kustomization.yaml"}
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_kustomize_builds_the_base_with_one_image_in_one_namespace() -> None:
+    done = subprocess.run(["kubectl", "kustomize", KUBERAY], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    built = list(yaml.load_all(done.stdout, Loader=yaml.CSafeLoader))
+    (image,) = load(KUBERAY / "kustomization.yaml")["images"]
+    assert len(built) == len(manifests())
+    assert {document["metadata"].get("namespace") for document in built if document["kind"] != "Namespace"} == {"ddpm"}
+    assert set(re.findall(r"image: (\S+)", done.stdout)) == {f"{image['newName']}:{image['newTag']}"}
+
+
+def test_the_readme_names_the_service_and_the_secret_that_exist() -> None:
+    readme, name = (INFRA / "README.md").read_text(), CLUSTER["metadata"]["name"]
+    assert f"service/{name}-head-svc" in readme
+    assert f"get secret {name} " in readme
+
+
+def network_policy(name: str) -> Document:
+    (found,) = (
+        document["spec"]
+        for document in manifests()
+        if document["kind"] == "NetworkPolicy" and document["metadata"]["name"] == name
+    )
+    assert isinstance(found, dict)
+    return found

@@ -1,0 +1,519 @@
+"""Runs, published checkpoints and results in a real MLflow store."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import storage
+from pipeline.errors import UserError, WorldError
+from pipeline.tracking import STALE_SECONDS, Checkpoint, DataSetInput, TrackedRun, Tracker
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store without runs: copying it is faster than creating it for every test."""
+    home = tmp_path_factory.mktemp("empty-store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDPM_HOME", str(home))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        Tracker()
+    return home / "mlflow.db"
+
+
+@pytest.fixture
+def tracker(empty_store: Path) -> Tracker:
+    """A connection to an empty default store under ``$DDPM_HOME``."""
+    Path(storage.home()).mkdir()
+    shutil.copy(empty_store, Path(storage.home()) / "mlflow.db")
+    return Tracker()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder to publish."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "ema.safetensors").write_bytes(os.urandom(100_000))
+    (folder / "meta.json").write_text('{"step": 1}\n')
+    return folder
+
+
+def start(tracker: Tracker, name: str = "run-a", experiment: str = "ddpm", **arguments: object) -> TrackedRun:
+    return tracker.start_run(name, experiment=experiment, **{"params": {}, "tags": {}} | arguments)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def only(checkpoints: list[Checkpoint]) -> Checkpoint:
+    assert len(checkpoints) == 1
+    return checkpoints[0]
+
+
+def tags_of(tracker: Tracker, run: TrackedRun) -> dict[str, str]:
+    return dict(tracker.client.get_run(run.run_id).data.tags)
+
+
+def status_of(tracker: Tracker, run: TrackedRun) -> str:
+    return tracker.client.get_run(run.run_id).info.status
+
+
+def history(tracker: Tracker, run: TrackedRun, key: str) -> list[tuple[int, float]]:
+    return [(metric.step, metric.value) for metric in tracker.client.get_metric_history(run.run_id, key)]
+
+
+@contextmanager
+def living_process() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def owned_by(tracker: Tracker, run: TrackedRun, owner: str) -> None:
+    tracker.client.set_tag(run.run_id, "ddpm.owner", owner)
+
+
+# The store.
+
+
+def test_the_default_store_lies_under_home_and_is_created(tmp_path):
+    tracker = Tracker()
+    assert tracker.uri == f"sqlite:///{tmp_path}/home/mlflow.db"
+    assert (tmp_path / "home" / "mlflow.db").is_file()
+
+
+def test_artifacts_of_the_default_store_lie_under_home(tracker, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = start(tracker)
+    run.publish(model, 1, {})
+    where = only(tracker.checkpoints(run.experiment_id)).artifact_uri
+    assert where.startswith(Path(storage.home(), "mlartifacts", "ddpm").as_uri() + "/")
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "model"}
+
+
+def test_a_remote_home_needs_a_tracking_uri(monkeypatch):
+    monkeypatch.setenv("DDPM_HOME", "s3://bucket/ddpm")
+    with pytest.raises(UserError, match=r"^DDPM_HOME=s3://bucket/ddpm is remote: set MLFLOW_TRACKING_URI"):
+        Tracker()
+
+
+def test_a_home_that_cannot_be_made_is_one_clear_line(monkeypatch, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("DDPM_HOME", str(tmp_path / "file" / "home"))
+    with pytest.raises(WorldError, match=rf"^cannot create DDPM_HOME={tmp_path}/file/home: Not a directory$"):
+        Tracker()
+
+
+def test_a_server_that_nobody_started_is_one_clear_line_and_soon(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    begin = time.monotonic()
+    with pytest.raises(WorldError, match=r"^MLflow at http://127.0.0.1:9 does not answer \(ConnectionError\); .*$"):
+        Tracker()
+    assert time.monotonic() - begin < 3
+
+
+@pytest.mark.slow
+def test_a_server_that_accepts_and_stays_silent_is_given_up_soon(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        begin = time.monotonic()
+        with pytest.raises(WorldError, match=r"does not answer \(ReadTimeout\)"):
+            Tracker()
+        assert time.monotonic() - begin < 8
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("file:///var/mlruns", "file:///var/mlruns"),
+        ("nonsense://host", "nonsense://host"),
+        ("postgresql+nodriver://ml:secret@127.0.0.1:9/db", r"postgresql\+nodriver://ml:\*\*\*@127.0.0.1:9/db"),
+    ],
+)
+def test_a_store_that_mlflow_cannot_open_is_one_clear_line_without_the_password(monkeypatch, uri, shown):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(WorldError, match=rf"^MLflow at {shown} refused: [^\n]+$") as error:
+        Tracker()
+    assert "secret" not in str(error.value)
+
+
+def test_a_damaged_store_is_one_clear_line():
+    Path(storage.home()).mkdir()
+    Path(storage.home(), "mlflow.db").write_bytes(b"garbage" * 1000)
+    with pytest.raises(WorldError, match=r"^MLflow at sqlite:///.*/mlflow.db refused: .*file is not a database$"):
+        Tracker()
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://ml:secret@127.0.0.1:9/x", "http://ml:***@127.0.0.1:9/x"),
+        ("http://127.0.0.1:9", "http://127.0.0.1:9"),
+    ],
+)
+def test_a_password_is_never_shown(monkeypatch, uri, shown):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(WorldError) as error:
+        Tracker()
+    assert f"MLflow at {shown} does not answer" in str(error.value)
+    assert "secret" not in str(error.value)
+
+
+# Experiments.
+
+
+def test_an_unknown_experiment_is_refused_with_the_known_ones(tracker):
+    start(tracker)
+    with pytest.raises(UserError, match=r"^no experiment 'dpdm' in sqlite:///.*; known: Default, ddpm$"):
+        tracker.experiment("dpdm", create=False)
+
+
+def test_a_deleted_experiment_is_refused_and_says_so(tracker):
+    tracker.client.delete_experiment(tracker.experiment("ddpm", create=True))
+    with pytest.raises(UserError, match="experiment 'ddpm' was deleted"):
+        tracker.experiment("ddpm", create=True)
+
+
+def test_an_experiment_is_created_once(tracker):
+    assert tracker.experiment("ddpm", create=True) == tracker.experiment("ddpm", create=True)
+
+
+# One run for each name.
+
+
+def test_the_same_name_again_continues_the_same_run(tracker):
+    first = start(tracker)
+    first.finish("FAILED")
+    second = start(tracker)
+    assert second.run_id == first.run_id
+    assert tracker.run_names(first.experiment_id) == ["run-a"]
+    assert status_of(tracker, second) == "RUNNING"
+
+
+def test_another_name_is_another_run(tracker):
+    assert start(tracker, "run-a").run_id != start(tracker, "run-b").run_id
+
+
+def test_params_are_those_of_the_first_start(tracker):
+    first = start(tracker, params={"lr": 0.1, "channel_mult": [1, 2], "name": "x", "use_gpu": False})
+    assert first.params == {"lr": "0.1", "channel_mult": "[1, 2]", "name": "x", "use_gpu": "false"}
+    second = start(tracker, params={"lr": 0.2})
+    assert second.params == first.params == tracker.params(first.run_id)
+
+
+def test_a_param_longer_than_mlflow_allows_is_cut(tracker):
+    assert len(start(tracker, params={"long": "x" * 10_000}).params["long"]) == 6000
+
+
+def test_tags_are_set_at_every_start(tracker):
+    start(tracker, tags={"git_commit": "a"})
+    run = start(tracker, tags={"git_commit": "b"})
+    assert tags_of(tracker, run)["git_commit"] == "b"
+
+
+def test_a_child_run_knows_its_parent(tracker):
+    parent = start(tracker, "sweep")
+    child = start(tracker, "trial", parent_run_id=parent.run_id)
+    assert tags_of(tracker, child)["mlflow.parentRunId"] == parent.run_id
+
+
+def test_the_data_set_is_recorded_with_the_run(tracker):
+    data_set = DataSetInput(name="digits", location="s3://b/digits", digest="d" * 64, profile={"num_images": 9})
+    run = start(tracker, data_set=data_set)
+    recorded = tracker.client.get_run(run.run_id).inputs.dataset_inputs[0].dataset
+    assert (recorded.name, recorded.digest, recorded.source_type) == ("digits", "d" * 36, "s3")
+    assert recorded.source == '{"uri": "s3://b/digits"}'
+    assert recorded.profile == '{"num_images": 9}'
+
+
+def test_a_name_that_another_experiment_uses_is_refused(tracker):
+    start(tracker, experiment="one")
+    with pytest.raises(UserError, match=r"^--name 'run-a' is a run of experiment 'one'; choose another name$"):
+        start(tracker, experiment="two")
+
+
+def test_a_run_is_found_by_its_name_in_any_experiment(tracker):
+    run = start(tracker, experiment="one")
+    assert tracker.find_run("run-a").info.run_id == run.run_id
+    assert tracker.find_run("run") is None
+
+
+@pytest.mark.parametrize("name", ["it's", 'say "x"', "a' or '1' = '1", "50%", ""])
+def test_a_name_with_odd_characters_finds_nothing(tracker, name):
+    start(tracker)
+    assert tracker.find_run(name) is None
+
+
+# One writer.
+
+
+def test_a_run_that_a_living_process_writes_is_refused(tracker):
+    run = start(tracker)
+    with living_process() as other:
+        owned_by(tracker, run, f"{socket.gethostname()}:{other.pid}")
+        message = rf"^run 'run-a' is being written by a live driver \({socket.gethostname()}:{other.pid}, last seen"
+        with pytest.raises(UserError, match=message):
+            start(tracker)
+
+
+def test_a_run_whose_process_is_dead_is_taken_over_at_once(tracker):
+    run = start(tracker)
+    with living_process() as other:
+        owned_by(tracker, run, f"{socket.gethostname()}:{other.pid}")
+    start(tracker)
+    assert tags_of(tracker, run)["ddpm.owner"] == f"{socket.gethostname()}:{os.getpid()}"
+
+
+def test_a_run_of_another_machine_is_refused_while_its_heart_beats(tracker):
+    run = start(tracker)
+    owned_by(tracker, run, "another-host:1")
+    with pytest.raises(UserError, match=r"live driver \(another-host:1"):
+        start(tracker)
+
+
+def test_a_run_of_another_machine_is_taken_over_when_it_has_been_silent(tracker):
+    run = start(tracker)
+    owned_by(tracker, run, "another-host:1")
+    tracker.client.set_tag(run.run_id, "ddpm.heartbeat", str(int(time.time() - STALE_SECONDS - 1)))
+    assert start(tracker).run_id == run.run_id
+
+
+def test_a_finished_run_belongs_to_nobody(tracker):
+    run = start(tracker)
+    with living_process() as other:
+        owned_by(tracker, run, f"{socket.gethostname()}:{other.pid}")
+        run.finish("FINISHED")
+        assert start(tracker).run_id == run.run_id
+
+
+def test_a_run_that_this_code_never_owned_is_continued(tracker):
+    experiment_id = tracker.experiment("ddpm", create=True)
+    made_by_hand = tracker.client.create_run(experiment_id, run_name="run-a")
+    assert start(tracker).run_id == made_by_hand.info.run_id
+
+
+def test_the_heart_beats_at_start_and_not_at_every_call(tracker):
+    run = start(tracker)
+    assert abs(time.time() - float(tags_of(tracker, run)["ddpm.heartbeat"])) < 10
+    tracker.client.set_tag(run.run_id, "ddpm.heartbeat", "0")
+    run.heartbeat()
+    assert tags_of(tracker, run)["ddpm.heartbeat"] == "0"
+
+
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
+def test_a_run_ends_with_the_status_it_was_given(tracker, status):
+    run = start(tracker)
+    run.finish(status)
+    assert status_of(tracker, run) == status
+
+
+# What a run logs.
+
+
+def test_metrics_are_logged_at_their_steps(tracker):
+    run = start(tracker)
+    run.log_metrics([{"step": 25, "train/loss": 0.5, "lr": 0.1}, {"step": 50, "train/loss": 0.25}])
+    assert history(tracker, run, "train/loss") == [(25, 0.5), (50, 0.25)]
+    assert history(tracker, run, "lr") == [(25, 0.1)]
+    assert history(tracker, run, "step") == []
+
+
+def test_more_metrics_than_a_request_takes_are_all_logged(tracker):
+    run = start(tracker)
+    run.log_metrics([{"step": step, "a": float(step), "b": 0.0} for step in range(1001)])
+    assert history(tracker, run, "a") == [(step, float(step)) for step in range(1001)]
+
+
+def test_no_metrics_are_no_request(tracker):
+    start(tracker).log_metrics([])
+
+
+def test_the_last_step_of_a_metric_is_known(tracker):
+    run = start(tracker)
+    assert run.last_step("loss") == -1
+    run.log_metrics([{"step": 50, "loss": 1.0}, {"step": 25, "loss": 1.0}])
+    assert run.last_step("loss") == 50
+
+
+def test_a_grid_and_a_text_become_artifacts(tracker):
+    run = start(tracker)
+    run.log_grid(np.zeros((8, 8, 3), dtype=np.uint8), step=250)
+    run.log_text("# report", "report.md")
+    names = {entry.path for folder in ("", "images") for entry in tracker.client.list_artifacts(run.run_id, folder)}
+    assert "report.md" in names
+    assert [name for name in names if name.startswith("images/samples") and "250" in name and name.endswith(".png")]
+
+
+# Published checkpoints.
+
+
+def test_a_published_checkpoint_comes_back_byte_for_byte(tracker, model, tmp_path):
+    run = start(tracker)
+    model_id = run.publish(model, 250, {"data_digest": "abc"})
+    checkpoint = only(tracker.checkpoints(run.experiment_id))
+    assert (checkpoint.model_id, checkpoint.run_id, checkpoint.run_name) == (model_id, run.run_id, "run-a")
+    assert checkpoint.step == 250
+    assert files_of(tracker.download(checkpoint, tmp_path / "copy")) == files_of(model)
+
+
+def test_a_published_checkpoint_carries_its_tags_and_awaits_evaluation(tracker, model):
+    run = start(tracker)
+    run.publish(model, 250, {"data_digest": "abc"})
+    tags = only(tracker.checkpoints(run.experiment_id)).tags
+    assert (tags["data_digest"], tags["step"], tags["eval_status"]) == ("abc", "250", "pending")
+
+
+def test_a_run_name_with_dots_is_kept(tracker, model):
+    run = start(tracker, "run-1.5_b-step-3")
+    run.publish(model, 1, {})
+    assert only(tracker.checkpoints(run.experiment_id)).run_name == "run-1.5_b-step-3"
+
+
+def test_an_upload_that_was_cut_off_is_not_listed(tracker, model, monkeypatch):
+    run = start(tracker)
+
+    def cut_off(model_id: str, local_dir: str) -> None:
+        raise ConnectionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker.client, "log_model_artifacts", cut_off)
+        with pytest.raises(ConnectionError):
+            run.publish(model, 250, {})
+    assert tracker.checkpoints(run.experiment_id) == []
+    assert run.published_steps() == set()
+    run.publish(model, 250, {})
+    assert run.published_steps() == {250}
+
+
+def test_models_that_are_no_checkpoints_of_ours_are_not_listed(tracker):
+    run = start(tracker)
+    foreign = tracker.client.create_logged_model(run.experiment_id, name="other", source_run_id=run.run_id)
+    tracker.client.finalize_logged_model(foreign.model_id, "READY")
+    assert tracker.checkpoints(run.experiment_id) == []
+
+
+def test_checkpoints_are_listed_newest_first_and_by_run(tracker, model):
+    a, b = start(tracker, "run-a"), start(tracker, "run-b")
+    for run, step in [(a, 1), (b, 5), (a, 2)]:
+        run.publish(model, step, {})
+    listed = tracker.checkpoints(a.experiment_id)
+    assert [(entry.run_name, entry.step) for entry in listed] == [("run-a", 2), ("run-b", 5), ("run-a", 1)]
+    assert [entry.step for entry in tracker.checkpoints(a.experiment_id, run_id=a.run_id)] == [2, 1]
+    assert (a.published_steps(), b.published_steps()) == ({1, 2}, {5})
+
+
+def test_more_checkpoints_than_a_page_holds_are_all_listed(tracker, model, monkeypatch):
+    run = start(tracker)
+    monkeypatch.setattr(tracker.client, "log_model_artifacts", lambda model_id, local_dir: None)
+    for step in range(105):
+        run.publish(model, step, {})
+    assert run.published_steps() == set(range(105))
+
+
+def test_a_checkpoint_whose_files_are_gone_is_one_clear_line(tracker, model, tmp_path):
+    run = start(tracker)
+    run.publish(model, 250, {})
+    shutil.rmtree(Path(storage.home(), "mlartifacts"))
+    checkpoint = only(tracker.checkpoints(run.experiment_id))
+    with pytest.raises(WorldError, match=r"^cannot read checkpoint run-a step 250 at file:///[^\n]*: [^\n]+$"):
+        tracker.download(checkpoint, tmp_path / "copy")
+
+
+def test_a_result_is_stored_with_its_protocol_and_marks_the_checkpoint(tracker, model):
+    run = start(tracker)
+    run.publish(model, 250, {})
+    before = only(tracker.checkpoints(run.experiment_id))
+    assert not before.has_result("abc123")
+    tracker.log_result(before, identity="abc123", protocol={"num_images": 10}, metrics={"fid": 3.17})
+    after = only(tracker.checkpoints(run.experiment_id))
+    assert after.has_result("abc123")
+    assert not after.has_result("another")
+    assert after.result("abc123") == {"protocol": {"num_images": 10}, "metrics": {"fid": 3.17}}
+    assert after.tags["eval_status"] == "done"
+
+
+def test_a_result_is_a_metric_of_the_run_and_of_the_checkpoint(tracker, model):
+    run = start(tracker)
+    run.publish(model, 250, {})
+    checkpoint = only(tracker.checkpoints(run.experiment_id))
+    tracker.log_result(checkpoint, identity="x", protocol={}, metrics={"fid": 3.17})
+    assert history(tracker, run, "fid") == [(250, 3.17)]
+    logged = tracker.client.get_logged_model(checkpoint.model_id).metrics
+    assert [(metric.key, metric.value, metric.step) for metric in logged] == [("fid", 3.17, 250)]
+
+
+def test_a_result_does_not_wake_a_finished_run(tracker, model):
+    run = start(tracker)
+    run.publish(model, 250, {})
+    run.finish("FINISHED")
+    tracker.log_result(only(tracker.checkpoints(run.experiment_id)), identity="x", protocol={}, metrics={"fid": 1.0})
+    assert status_of(tracker, run) == "FINISHED"
+
+
+def test_an_evaluator_that_dies_before_the_mark_leaves_the_checkpoint_pending(tracker, model, monkeypatch):
+    run = start(tracker)
+    run.publish(model, 250, {})
+    checkpoint = only(tracker.checkpoints(run.experiment_id))
+
+    def die(model_id: str, tags: dict[str, str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tracker.client, "set_logged_model_tags", die)
+    with pytest.raises(KeyboardInterrupt):
+        tracker.log_result(checkpoint, identity="x", protocol={}, metrics={"fid": 1.0})
+    after = only(tracker.checkpoints(run.experiment_id))
+    assert not after.has_result("x")
+    assert after.tags["eval_status"] == "pending"
+
+
+def test_the_command_that_shows_a_local_run_names_its_store_and_page(tracker):
+    run = start(tracker)
+    command, page = tracker.ui_command(run.run_id, run.experiment_id)
+    assert f" server --backend-store-uri {tracker.uri} --host 127.0.0.1 --port 5000" in command
+    assert page.partition("?")[0] == f"http://127.0.0.1:5000/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+
+
+def test_checkpoints_go_to_s3_when_home_is_there(bucket, empty_store, model, tmp_path, monkeypatch):
+    store = shutil.copy(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
+    monkeypatch.setenv("DDPM_HOME", f"{bucket}/ddpm")
+    tracker = Tracker()
+    run = start(tracker)
+    run.publish(model, 250, {})
+    checkpoint = only(tracker.checkpoints(run.experiment_id))
+    assert checkpoint.artifact_uri.startswith(f"{bucket}/ddpm/mlartifacts/ddpm/")
+    assert len(list(storage.list_files(f"{bucket}/ddpm"))) == 2
+    assert files_of(tracker.download(checkpoint, tmp_path / "copy")) == files_of(model)
+
+
+@pytest.mark.slow
+def test_the_same_works_over_http_without_access_to_the_store(mlflow_uri, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_uri)
+    tracker = Tracker()
+    run = start(tracker, params={"lr": 0.1})
+    run.log_metrics([{"step": 25, "loss": 0.5}])
+    run.log_grid(np.zeros((8, 8, 3), dtype=np.uint8), step=25)
+    run.publish(model, 250, {"data_digest": "abc"})
+    checkpoint = only(tracker.checkpoints(run.experiment_id))
+    assert checkpoint.artifact_uri.startswith("mlflow-artifacts:/")
+    assert files_of(tracker.download(checkpoint, tmp_path / "copy")) == files_of(model)
+    tracker.log_result(checkpoint, identity="x", protocol={}, metrics={"fid": 3.17})
+    assert only(tracker.checkpoints(run.experiment_id)).has_result("x")
+    run.finish("FINISHED")
+    assert start(tracker).run_id == run.run_id
+    assert run.last_step("loss") == 25
+    assert tracker.ui_command("r", "e")[0].partition("?")[0] == f"{mlflow_uri}/#/experiments/e/runs/r"
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "copy"}
