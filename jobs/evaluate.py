@@ -24,13 +24,13 @@ def main(argv: list[str]) -> tuple[dict[str, Any], str]:
     config = parse_arguments(argv).config
     from pipeline.evaluation.session import evaluate_job
 
-    results = evaluate_job(config)
-    lines = [
-        f"{result.run} step {result.step}: {result.metric} {result.value:.4f} on {result.num_images} images"
-        for result in results
-    ]
-    text = "\n".join(lines) if lines else "nothing to do: every selected checkpoint has this result"
-    return {"evaluated": [asdict(result) for result in results]}, text
+    outcome = evaluate_job(config)
+    facts = {
+        "evaluated": [asdict(result) for result in outcome.evaluated],
+        "failed": [asdict(failure) for failure in outcome.failed],
+        "exit_code": 1 if outcome.failed else 0,
+    }
+    return facts, outcome.text()
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 """Trains a DDPM on Ray, or continues a run by its name: ``python jobs/train.py --help``."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline import cli
-from pipeline.config import EvaluateConfig, ProtocolConfig, TrainConfig
+from pipeline.config import EvaluateConfig, ProtocolConfig, Switch, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(cli.JobFlags):
     """Train a DDPM on Ray, or continue a run by its --name."""
 
-    dry_run: bool = False
+    dry_run: Switch = False
     """Print what would be done and what it needs; start nothing."""
-    evaluate: bool = False
+    evaluate: Switch = False
     """Evaluate the last checkpoint when training is done."""
     config: TrainConfig = field(default_factory=TrainConfig)
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
@@ -41,9 +41,8 @@ def main(argv: list[str]) -> tuple[dict[str, Any], str]:
 def _evaluation(arguments: Arguments) -> Any:
     from pipeline.evaluation.evaluator import evaluate_last
 
-    config = arguments.config
-    protocol = replace(EvaluateConfig(pending=True), sampling=config.sampling, protocol=arguments.protocol)
-    return lambda name, tracker: evaluate_last(replace(protocol, cluster=config.cluster), name, tracker)
+    evaluation = EvaluateConfig.after(arguments.config, arguments.protocol)
+    return lambda name, tracker: evaluate_last(evaluation, name, tracker)
 
 
 if __name__ == "__main__":

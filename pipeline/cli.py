@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any, TypeVar, cast
 import tyro
 
 from pipeline import cluster
-from pipeline.config import TrainConfig
+from pipeline.config import Switch, TrainConfig
 from pipeline.errors import UserError, WorldError
 from pipeline.presets import PRESETS, preset
 
@@ -27,14 +28,14 @@ __all__ = ["JobFlags", "parse", "parse_with_preset", "run_job"]
 A = TypeVar("A")
 Result = dict[str, Any]
 
-_FLAGS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+_FLAGS = (tyro.conf.OmitArgPrefixes,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobFlags:
     """What every job understands."""
 
-    json: bool = False
+    json: Switch = False
     """Print exactly one JSON object, the result, to stdout; everything else goes to stderr."""
 
 
@@ -109,7 +110,7 @@ def run_job(job: Callable[[list[str]], tuple[Result, str]], argv: list[str] | No
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("alembic", "mlflow", "botocore", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    with _stdout_for_result(as_json) as print_result:
+    with _stdout_for_result(as_json) as print_result, _sigterm_as_interrupt():
         try:
             result, text = job(words)
         except UserError as error:
@@ -128,6 +129,20 @@ def _failure(error: object, exit_code: int) -> tuple[Result, str]:
     message = " ".join(str(error).split())
     print(f"error: {message}", file=sys.stderr)
     return {"error": message, "exit_code": exit_code}, ""
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """A stopped job gets SIGTERM and has seconds left: it leaves by the same way as Ctrl-C."""
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ With ``RAY_ADDRESS`` set (``ray job submit`` sets it) a job joins that cluster. 
 this machine and ends it with the job: token authentication with a random token that is never written to disk.
 """
 
+import json
 import logging
 import os
 import secrets
@@ -14,9 +15,9 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.errors import WorldError
+from pipeline.errors import UserError, WorldError
 
-__all__ = ["connect", "fits", "set_environment"]
+__all__ = ["connect", "fits", "require", "set_environment"]
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -96,10 +97,28 @@ def fits(*, num_workers: int, cpus_per_worker: int, use_gpu: bool) -> int:
     return min(groups, int(total.get("GPU", 0) // num_workers)) if use_gpu else groups
 
 
+def require(*, num_workers: int, cpus_per_worker: int, use_gpu: bool) -> None:
+    """Refuses GPUs that a single machine does not have; a cluster of several may still grow.
+
+    Raises:
+        UserError: ``--use-gpu`` on one machine without enough GPUs.
+    """
+    import ray
+
+    if not use_gpu or fits(num_workers=num_workers, cpus_per_worker=cpus_per_worker, use_gpu=True):
+        return
+    if len(ray.nodes()) == 1:  # type: ignore[no-untyped-call]
+        raise UserError(f"--use-gpu: this machine has not {num_workers} GPUs; leave the flag out to use CPUs")
+
+
 def _env_vars() -> dict[str, str]:
     forwarded = {name: os.environ[name] for name in _FORWARDED if name in os.environ}
     for name in _FORWARDED_URIS:
         value = os.environ.get(name)
         if value and urlsplit(value).password is None:
             forwarded[name] = value
-    return {**forwarded, **{name: os.environ[name] for name in _QUIET}}
+    wanted = {**forwarded, **{name: os.environ[name] for name in _QUIET}}
+    # Ray refuses a variable that the submitted job's own runtime environment already gives.
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    given = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: value for name, value in wanted.items() if name not in given}

@@ -11,6 +11,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+import tyro
+
 from pipeline.errors import UserError
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "ProtocolConfig",
     "SamplingConfig",
     "ScheduleConfig",
+    "Switch",
     "TrainConfig",
     "TuneConfig",
     "from_flat",
@@ -31,6 +34,8 @@ __all__ = [
 ]
 
 Flat = dict[str, Any]
+Switch = tyro.conf.FlagCreatePairsOff[bool]
+"""A flag that can only be set; others also have a ``--no-`` form, to override a preset."""
 C = TypeVar("C")
 
 
@@ -244,8 +249,6 @@ class PrepareConfig:
     """1 grey, 3 RGB. Default: the source's own, 3 for folders."""
     images_per_shard: int = 1000
     """Images of a shard; the last shard holds the rest."""
-    cpus: int | None = None
-    """CPU cores of the local Ray that this job starts; all when left out."""
 
     def __post_init__(self) -> None:
         _check(self.images_per_shard >= 1, "--images-per-shard", self.images_per_shard, "at least 1")
@@ -259,19 +262,30 @@ class EvaluateConfig:
 
     run: str | None = None
     """Evaluate the checkpoints of this run that lack the result."""
-    pending: bool = False
+    pending: Switch = False
     """Evaluate all checkpoints of the experiment that lack the result, newest first."""
     experiment: str = "ddpm"
     """MLflow experiment."""
     step: int | None = None
     """Only the checkpoint of this step."""
-    last: bool = False
+    last: Switch = False
     """Only the last checkpoint of each run."""
     max_checkpoints: int | None = None
     """Stop after this many checkpoints; the rest stay pending."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    @classmethod
+    def after(cls, training: TrainConfig, protocol: ProtocolConfig) -> "EvaluateConfig":
+        """What follows a training run: its sampler and its workers."""
+        return cls(
+            pending=True,
+            experiment=training.experiment,
+            sampling=training.sampling,
+            protocol=protocol,
+            cluster=training.cluster,
+        )
 
     def __post_init__(self) -> None:
         if (self.run is None) == (not self.pending):
@@ -289,7 +303,7 @@ class TuneConfig:
     beta_ranges: tuple[str, ...] = ("1e-4:0.02",)
     """Beta ranges START:END (values at T=1000) to try; cosine has none and is tried once for each T."""
     max_concurrent_trials: int | None = None
-    """Trials at the same time; default: as many as the cluster's CPUs (GPUs) can hold."""
+    """Trials at the same time; default: as many as the cluster's CPUs (GPUs) hold now. Set it if the cluster grows."""
     base: TrainConfig = field(default_factory=TrainConfig)
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
 
@@ -298,6 +312,15 @@ class TuneConfig:
         _check(len(self.Ts) > 0, "--Ts", self.Ts, "at least one T")
         for text in self.beta_ranges:
             self.parse_beta_range(text)
+        for knob, instead in {
+            "schedule": "schedules",
+            "T": "Ts",
+            "beta_start": "beta-ranges",
+            "beta_end": "beta-ranges",
+        }.items():
+            given = getattr(self.base.diffusion, knob)
+            if given != getattr(ScheduleConfig(), knob):
+                raise UserError(f"--{knob.replace('_', '-')} {given}: a sweep tries several; give --{instead}")
 
     @staticmethod
     def parse_beta_range(text: str) -> tuple[float, float]:

@@ -23,7 +23,7 @@ _PAPER: dict[str, Any] = {
     "ema_warmup": False,
     "random_flip": True,
     "log_every": 100,
-    "checkpoint_every": 5000,
+    "checkpoint_every": 10_000,
     "grid_images": 64,
 }
 

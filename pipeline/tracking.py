@@ -4,15 +4,16 @@ The driver is the only writer. It connects (and creates the default store) befor
 processes that create one sqlite store at the same time corrupt it.
 """
 
+import functools
 import json
 import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
@@ -25,6 +26,8 @@ from pipeline.errors import UserError, WorldError
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run
@@ -78,6 +81,24 @@ class Checkpoint:
         return record
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _one_line_errors(method: F) -> F:
+    """MLflow lets through whatever its store raises; a person gets one line and exit code 1."""
+
+    @functools.wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return method(*args, **kwargs)
+        except (MlflowException, ConnectionError) as error:
+            raise WorldError(f"MLflow refused or is away: {str(error).splitlines()[0]}") from error
+
+    return cast(F, wrapped)
+
+
 class TrackedRun:
     """One MLflow run that this process owns and writes."""
 
@@ -104,6 +125,7 @@ class TrackedRun:
         for start in range(0, len(metrics), _BATCH_METRICS):
             self._client.log_batch(self.run_id, metrics=metrics[start : start + _BATCH_METRICS])
 
+    @_one_line_errors
     def last_step(self, key: str) -> int:
         """The last step for which a metric was logged, -1 if none: MLflow appends a step that is logged again."""
         return max((metric.step for metric in self._client.get_metric_history(self.run_id, key)), default=-1)
@@ -128,6 +150,7 @@ class TrackedRun:
         """Logs a text file as an artifact of the run."""
         self._client.log_text(self.run_id, text, file_name)
 
+    @_one_line_errors
     def published_steps(self) -> set[int]:
         """Steps whose checkpoint is already published."""
         return {checkpoint.step for checkpoint in self._tracker.checkpoints(self.experiment_id, run_id=self.run_id)}
@@ -149,6 +172,7 @@ class TrackedRun:
         self._client.finalize_logged_model(model.model_id, "READY")
         return str(model.model_id)
 
+    @_one_line_errors
     def finish(self, status: Status) -> None:
         """Ends the run with a truthful status."""
         self._client.set_terminated(self.run_id, status)
@@ -186,6 +210,7 @@ class Tracker:
         """The tracking URI without a password."""
         return _redact(self.uri)
 
+    @_one_line_errors
     def experiment(self, name: str, *, create: bool) -> str:
         """The id of an experiment.
 
@@ -204,6 +229,7 @@ class Tracker:
         local = None if self.uri.startswith("http") else _file_uri(storage.join(storage.home(), "mlartifacts", name))
         return self.client.create_experiment(name, artifact_location=local, tags=_EXPERIMENT_TAGS)
 
+    @_one_line_errors
     def start_run(
         self,
         name: str,
@@ -234,6 +260,7 @@ class Tracker:
         tracked.heartbeat()
         return tracked
 
+    @_one_line_errors
     def find_run(self, name: str) -> "Run | None":
         """The newest run of this name, in any experiment."""
         experiments = [entry.experiment_id for entry in self.client.search_experiments()]
@@ -241,14 +268,23 @@ class Tracker:
         runs = self.client.search_runs(experiments, f"attributes.run_name = '{quoted}'", max_results=1)
         return runs[0] if runs else None
 
-    def run_names(self, experiment_id: str, limit: int = 20) -> list[str]:
-        """Names of the newest runs of an experiment."""
-        return [run.info.run_name for run in self.client.search_runs([experiment_id], max_results=limit)]
+    @_one_line_errors
+    def end_children(self, parent_run_id: str, experiment_id: str) -> None:
+        """Marks runs of a sweep that still say RUNNING as KILLED: their processes ended with the sweep."""
+        query = f"tags.`mlflow.parentRunId` = '{parent_run_id}' and attributes.status = 'RUNNING'"
+        for run in self.client.search_runs([experiment_id], query):
+            self.client.set_terminated(run.info.run_id, "KILLED")
+
+    def run_names(self, limit: int = 20) -> list[str]:
+        """Names of the newest runs."""
+        experiments = [entry.experiment_id for entry in self.client.search_experiments()]
+        return [run.info.run_name for run in self.client.search_runs(experiments, max_results=limit)]
 
     def params(self, run_id: str) -> dict[str, str]:
         """Params of a run."""
         return dict(self.client.get_run(run_id).data.params)
 
+    @_one_line_errors
     def checkpoints(self, experiment_id: str, *, run_id: str | None = None) -> list[Checkpoint]:
         """Published checkpoints of an experiment or of one run, newest first. Unfinished uploads are left out."""
         wanted = f"source_run_id = '{run_id}'" if run_id else None
@@ -283,6 +319,7 @@ class Tracker:
                 f"{str(error).splitlines()[0]}"
             ) from error
 
+    @_one_line_errors
     def log_result(
         self, checkpoint: Checkpoint, *, identity: str, protocol: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> None:

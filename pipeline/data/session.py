@@ -32,7 +32,7 @@ def prepare_data(config: PrepareConfig) -> PrepareResult:
 
     if config.source == "digits":
         return run(use_ray=False)  # done sooner than Ray starts
-    with cluster.connect(num_cpus=config.cpus or 1):
+    with cluster.connect(num_cpus=1):
         return run(use_ray=True)
 
 

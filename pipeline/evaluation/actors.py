@@ -149,6 +149,7 @@ def open_workers(config: ClusterConfig, protocol: ProtocolConfig, *, most: int) 
         protocol: The feature network.
         most: No more actors than this have work.
     """
+    cluster.require(num_workers=1, cpus_per_worker=config.cpus_per_worker, use_gpu=config.use_gpu)
     fitting = cluster.fits(num_workers=1, cpus_per_worker=config.cpus_per_worker, use_gpu=config.use_gpu)
     # None fits: an autoscaling cluster that is still empty. All are asked for, so that it grows.
     count = max(1, min(config.num_workers, most, fitting or config.num_workers))

@@ -21,7 +21,7 @@ from pipeline.evaluation.statistics import FeatureStatistics, frechet_distance
 from pipeline.provenance import code_record
 from pipeline.tracking import Checkpoint, Tracker
 
-__all__ = ["Evaluation", "evaluate", "evaluate_last", "select"]
+__all__ = ["Evaluation", "Failure", "Outcome", "evaluate", "evaluate_last", "select"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,33 @@ class Evaluation:
     seconds: float
 
 
-def evaluate(config: EvaluateConfig, tracker: Tracker, todo: Sequence[Checkpoint]) -> list[Evaluation]:
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A checkpoint that could not be evaluated, and why; it stays pending."""
+
+    run: str
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What an evaluation did."""
+
+    evaluated: Sequence[Evaluation] = ()
+    failed: Sequence[Failure] = ()
+
+    def text(self) -> str:
+        """A line for each checkpoint."""
+        lines = [f"{e.run} step {e.step}: {e.metric} {e.value:.4f} on {e.num_images} images" for e in self.evaluated]
+        lines += [f"{failure.run} step {failure.step} failed: {failure.reason}" for failure in self.failed]
+        return "\n".join(lines) or "nothing to do: every selected checkpoint has this result"
+
+
+def evaluate(config: EvaluateConfig, tracker: Tracker, todo: Sequence[Checkpoint]) -> Outcome:
     """Evaluates checkpoints on the Ray cluster that this process has joined.
+
+    One checkpoint that cannot be evaluated does not keep the others from it.
 
     Args:
         config: Protocol and workers.
@@ -49,15 +74,21 @@ def evaluate(config: EvaluateConfig, tracker: Tracker, todo: Sequence[Checkpoint
         todo: What ``select`` gave.
 
     Raises:
-        UserError: The feature network's weights are refused.
-        WorldError: A checkpoint or the data set cannot be read; results before it are kept.
+        UserError: The feature network's weights are refused, or there are not enough GPUs.
     """
     if not todo:
-        return []
+        return Outcome()
     extractor = load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
     num_chunks = math.ceil(config.protocol.num_images / config.protocol.chunk_size)
+    evaluated, failed = [], []
     with open_workers(config.cluster, config.protocol, most=num_chunks) as workers:
-        return [_evaluate_one(config, tracker, checkpoint, extractor, workers) for checkpoint in todo]
+        for checkpoint in todo:
+            try:
+                evaluated.append(_evaluate_one(config, tracker, checkpoint, extractor, workers))
+            except (UserError, WorldError) as error:
+                failed.append(Failure(run=checkpoint.run_name, step=checkpoint.step, reason=str(error)))
+                logger.warning("%s step %d cannot be evaluated: %s", checkpoint.run_name, checkpoint.step, error)
+    return Outcome(evaluated=evaluated, failed=failed)
 
 
 def evaluate_last(config: EvaluateConfig, run: str, tracker: Tracker) -> Evaluation:
@@ -65,12 +96,14 @@ def evaluate_last(config: EvaluateConfig, run: str, tracker: Tracker) -> Evaluat
 
     Raises:
         UserError: As ``select``.
-        WorldError: As ``evaluate``.
+        WorldError: The checkpoint could not be evaluated.
     """
     config = replace(config, run=run, pending=False, last=True)
-    measured = evaluate(config, tracker, select(config, tracker))
-    if measured:
-        return measured[0]
+    outcome = evaluate(config, tracker, select(config, tracker))
+    if outcome.failed:
+        raise WorldError(f"{run} was trained, but not evaluated: {outcome.failed[0].reason}")
+    if outcome.evaluated:
+        return outcome.evaluated[0]
     extractor = load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
     checkpoint = _selected(config, tracker)[0]
     protocol = _protocol(config, checkpoint, extractor)
@@ -91,17 +124,10 @@ def select(config: EvaluateConfig, tracker: Tracker) -> list[Checkpoint]:
 
 
 def _selected(config: EvaluateConfig, tracker: Tracker) -> list[Checkpoint]:
-    experiment_id = tracker.experiment(config.experiment, create=False)
-    run_id = None
     if config.run is not None:
-        run = tracker.find_run(config.run)
-        if run is None:
-            known = ", ".join(tracker.run_names(experiment_id)) or "none"
-            raise UserError(f"no run is called {config.run!r}; the newest of experiment {config.experiment!r}: {known}")
-        run_id, experiment_id = run.info.run_id, run.info.experiment_id
-    found = tracker.checkpoints(experiment_id, run_id=run_id)
-    if config.run is not None and not found:
-        raise UserError(f"run {config.run!r} has no published checkpoint yet")
+        found = _checkpoints_of_run(config.run, tracker)
+    else:
+        found = tracker.checkpoints(tracker.experiment(config.experiment, create=False))
     if config.step is not None:
         steps = sorted({checkpoint.step for checkpoint in found})
         found = [checkpoint for checkpoint in found if checkpoint.step == config.step]
@@ -112,6 +138,17 @@ def _selected(config: EvaluateConfig, tracker: Tracker) -> list[Checkpoint]:
         for checkpoint in found:
             last[checkpoint.run_id] = max(last.get(checkpoint.run_id, checkpoint), checkpoint, key=lambda c: c.step)
         found = [checkpoint for checkpoint in found if checkpoint is last[checkpoint.run_id]]
+    return found
+
+
+def _checkpoints_of_run(name: str, tracker: Tracker) -> list[Checkpoint]:
+    run = tracker.find_run(name)
+    if run is None:
+        known = ", ".join(tracker.run_names()) or "none"
+        raise UserError(f"no run is called {name!r}; the newest are: {known}")
+    found = tracker.checkpoints(run.info.experiment_id, run_id=run.info.run_id)
+    if not found:
+        raise UserError(f"run {name!r} has no published checkpoint yet")
     return found
 
 

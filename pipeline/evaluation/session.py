@@ -2,17 +2,17 @@
 
 from pipeline import cluster
 from pipeline.config import EvaluateConfig
-from pipeline.evaluation.evaluator import Evaluation, evaluate, select
+from pipeline.evaluation.evaluator import Outcome, evaluate, select
 from pipeline.tracking import Tracker
 
 __all__ = ["evaluate_job"]
 
 
-def evaluate_job(config: EvaluateConfig) -> list[Evaluation]:
+def evaluate_job(config: EvaluateConfig) -> Outcome:
     """Evaluates what ``config`` selects. Raises as ``evaluate``."""
     tracker = Tracker()
     todo = select(config, tracker)
     if not todo:
-        return []  # a schedule fires often: this costs no cluster
+        return Outcome()  # a schedule fires often: this costs no cluster
     with cluster.connect(num_cpus=config.cluster.num_workers * config.cluster.cpus_per_worker):
         return evaluate(config, tracker, todo)

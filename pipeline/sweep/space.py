@@ -4,7 +4,7 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.config import ScheduleConfig, TrainConfig, TuneConfig, override
+from pipeline.config import TrainConfig, TuneConfig, override
 from pipeline.errors import UserError
 from pipeline.generation import check_sampling
 from pipeline.model_folder import build_schedule
@@ -45,7 +45,7 @@ def search_space(config: TuneConfig) -> tuple[list[Trial], list[Refused]]:
     for schedule, T, text in itertools.product(config.schedules, config.Ts, config.beta_ranges):
         trial = _trial(schedule, T, config.parse_beta_range(text))
         try:
-            build_schedule(override(ScheduleConfig(), trial.knobs))
+            build_schedule(override(config.base.diffusion, trial.knobs))
             check_sampling(config.base.sampling, T)
         except UserError as error:
             refused[trial.key] = Refused(key=trial.key, reason=str(error))

@@ -6,7 +6,7 @@ number of network evaluations. The loss is never the objective: it is not compar
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -75,7 +75,7 @@ def tune(config: TuneConfig, name: str, tracker: Tracker) -> SweepResult:
             name=name,
             run_id=parent.run_id,
             base=config.base,
-            evaluation=_evaluation(config),
+            evaluation=EvaluateConfig.after(config.base, config.protocol),
             trials={trial.key: trial for trial in trials},
         )
         logger.info("sweep %s: %d trials, %d combinations refused", name, len(trials), len(refused))
@@ -98,6 +98,8 @@ def tune(config: TuneConfig, name: str, tracker: Tracker) -> SweepResult:
         status = "KILLED"
         raise
     finally:
+        # Trials that were stopped with the sweep cannot say so themselves.
+        tracker.end_children(parent.run_id, parent.experiment_id)
         parent.finish(status)  # type: ignore[arg-type]
 
 
@@ -107,22 +109,12 @@ def _params(config: TuneConfig) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key not in searched}
 
 
-def _evaluation(config: TuneConfig) -> EvaluateConfig:
-    return replace(
-        EvaluateConfig(pending=True),
-        experiment=config.base.experiment,
-        sampling=config.base.sampling,
-        protocol=config.protocol,
-        cluster=config.base.cluster,
-    )
-
-
 def _concurrency(config: TuneConfig, workers: ClusterConfig) -> int:
-    """Never more trials than the cluster holds workers for, or all of them would wait for one another."""
+    """As many trials as the cluster holds workers for, unless the caller knows better (a cluster that grows)."""
     fitting = cluster.fits(
         num_workers=workers.num_workers, cpus_per_worker=workers.cpus_per_worker, use_gpu=workers.use_gpu
     )
-    return max(1, min(fitting, config.max_concurrent_trials or fitting))
+    return max(1, config.max_concurrent_trials or fitting)
 
 
 def _run(sweep: _Sweep, concurrency: int, parent: TrackedRun) -> list[tuple[TrialResult, str]]:

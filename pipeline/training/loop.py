@@ -21,10 +21,14 @@ from pipeline.model_folder import build_schedule, build_unet
 from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.training.task import TrainingTask
 
-__all__ = ["Record", "Worker", "is_due", "learning_rate", "noise_of", "train"]
+__all__ = ["DivergedError", "Record", "Worker", "is_due", "learning_rate", "noise_of", "train"]
 
 Record = dict[str, float]
 """Metrics of one logging window by key, with ``step``: the number of optimizer steps done."""
+
+
+class DivergedError(WorldError):
+    """The loss or its gradient is not finite. Every rank raises it at the same step; trying again does not help."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,8 @@ def train(task: TrainingTask, worker: Worker, resume_from: Path | None = None) -
         resume_from: Folder of the checkpoint to go on from.
 
     Raises:
-        WorldError: The loss is not finite (the step is named), a checkpoint or shard is damaged.
+        DivergedError: The loss is not finite; the step is named.
+        WorldError: A checkpoint or shard is damaged.
     """
     config = task.config
     torch.set_num_threads(config.cluster.cpus_per_worker)
@@ -152,14 +157,14 @@ class Meter:
         """The window's metrics, the loss averaged over all workers; starts the next window. Every rank calls it.
 
         Raises:
-            WorldError: A loss or gradient of the window was not finite; nothing of it is logged or saved.
+            DivergedError: A loss or gradient of the window was not finite; nothing of it is logged or saved.
         """
         if self._worker.num_workers > 1:
             dist.all_reduce(self._loss_sum)
             dist.all_reduce(self._first_bad, op=dist.ReduceOp.MIN)
         first_bad = int(self._first_bad)
         if first_bad < int(self._never):
-            raise WorldError(
+            raise DivergedError(
                 f"the loss or its gradient is not finite at step {first_bad}; the last checkpoint before it is kept. "
                 f"Lower --lr or --grad-clip, or look at the images of that step"
             )

@@ -8,6 +8,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -115,6 +116,9 @@ class Recorder:
         # append them: each step is sent once.
         self._last_step = run.last_step("train/loss")
         self._published = run.published_steps()
+        # Sampling a sheet takes seconds to minutes; signs of life must not wait for it.
+        self._publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
+        self._publishing: Future[None] | None = None
         self._next_try = 0.0
         self._next_line = time.monotonic() + _LINE_SECONDS
         self.last_record: Record = {}
@@ -140,6 +144,9 @@ class Recorder:
         self._take()
         try:
             self._send()
+            while self._unpublished:
+                time.sleep(0.05)
+                self._send()
         except Exception as error:
             raise WorldError(
                 f"training is done, but MLflow lacks {len(self._unsent)} metric records and {len(self._unpublished)} "
@@ -169,16 +176,20 @@ class Recorder:
         if self._unsent:
             self._run.log_metrics(self._unsent)
             self._unsent.clear()
-        while self._unpublished:
-            committed = self._unpublished[0]
-            with committed.checkpoint.as_directory() as folder:
-                self._publish(Path(folder), committed.step)
-            self._published.add(committed.step)
-            self._unpublished.pop(0)
+        if self._publishing is not None and self._publishing.done():
+            done, self._publishing = self._publishing, None
+            done.result()
+            self._published.add(self._unpublished.pop(0).step)
+        if self._unpublished and self._publishing is None:
+            self._publishing = self._publisher.submit(self._publish, self._unpublished[0])
 
-    def _publish(self, checkpoint: Path, step: int) -> None:
-        with tempfile.TemporaryDirectory(prefix="ddpm-publish-") as name:
-            save_published(checkpoint, Path(name))
+    def _publish(self, committed: Committed) -> None:
+        step = committed.step
+        with (
+            committed.checkpoint.as_directory() as checkpoint,
+            tempfile.TemporaryDirectory(prefix="ddpm-publish-") as name,
+        ):
+            save_published(Path(checkpoint), Path(name))
             self._log_grid(Path(name), step)
             self._run.publish(Path(name), step, self._tags)
 

@@ -3,15 +3,15 @@
 import contextlib
 import datetime
 import json
+import logging
 import secrets
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import ray.train
 import ray.train.torch
@@ -30,13 +30,16 @@ from pipeline.errors import UserError, WorldError
 from pipeline.provenance import code_record
 from pipeline.tracking import DataSetInput, TrackedRun, Tracker
 from pipeline.training.checkpoint import checkpoint_name
-from pipeline.training.loop import Record, Worker, train
+from pipeline.training.loop import DivergedError, Record, Worker, train
 from pipeline.training.recorder import Committed, Recorder, TellCommits, open_mailbox
 from pipeline.training.task import TrainingTask, plan
 
 __all__ = ["TrainResult", "fit", "new_name"]
 
-# Knobs that may change when a run is continued: they change where and how long it runs, not what it computes.
+logger = logging.getLogger(__name__)
+
+# Knobs that may change when a run is continued: where and how long it runs, not what a step computes. With a decaying
+# learning rate the steps still to come follow the new end.
 _MAY_CHANGE = {
     "steps",
     "log_every",
@@ -107,7 +110,8 @@ def fit(
     """
     config = replace(config, name=config.name or new_name(config))
     task = plan(config)
-    _check_resources(config)
+    workers = config.cluster
+    cluster.require(num_workers=workers.num_workers, cpus_per_worker=workers.cpus_per_worker, use_gpu=workers.use_gpu)
     run = _open_run(task, tracker, parent_run_id, tags or {})
     with _truthful_status(run):
         runs_root = storage.join(storage.home(), "runs")
@@ -134,6 +138,7 @@ def fit(
             ),
         )
         result = _run_beside(cast(Callable[[], Result], trainer.fit), recorder.turn)
+        step = _step_reached(result)
         for checkpoint, metrics in result.best_checkpoints or []:
             recorder.publish(Committed(int(metrics["step"]), checkpoint))
         recorder.finish()
@@ -142,7 +147,7 @@ def fit(
         name=run.name,
         run_id=run.run_id,
         experiment_id=run.experiment_id,
-        step=int(result.return_value or 0),
+        step=step,
         loss=record.get("train/loss"),
         images_per_second=record.get("perf/images_per_second"),
         grid=recorder.last_grid,
@@ -150,8 +155,8 @@ def fit(
     )
 
 
-def _worker(inputs: dict[str, Any]) -> int:
-    """Runs in each Ray Train worker."""
+def _worker(inputs: dict[str, Any]) -> int | str:
+    """Runs in each Ray Train worker; returns the step reached, or why training cannot go on."""
     context = ray.train.get_context()
     mailbox = inputs["mailbox"]
     device = ray.train.torch.get_device()
@@ -177,27 +182,26 @@ def _worker(inputs: dict[str, Any]) -> int:
     )
     task = TrainingTask.from_json(inputs["task"])
     checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return train(task, worker)
-    with checkpoint.as_directory() as folder:
-        return train(task, worker, Path(folder))
+    try:
+        if checkpoint is None:
+            return train(task, worker)
+        with checkpoint.as_directory() as folder:
+            return train(task, worker, Path(folder))
+    except DivergedError as error:
+        # Not raised: Ray Train would start again from the last checkpoint, and the same step would diverge again.
+        return str(error)
+
+
+def _step_reached(result: Result) -> int:
+    if isinstance(result.return_value, str):
+        raise WorldError(f"training failed: {result.return_value}")
+    return int(result.return_value or 0)
 
 
 def _scaling(config: TrainConfig) -> ScalingConfig:
     workers = config.cluster
     resources = {"CPU": float(workers.cpus_per_worker)} | ({"GPU": 1.0} if workers.use_gpu else {})
     return ScalingConfig(num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=resources)
-
-
-def _check_resources(config: TrainConfig) -> None:
-    """Refuses what can never start on a machine of fixed size; an autoscaling cluster may still grow."""
-    workers = config.cluster
-    if not workers.use_gpu or cluster.fits(
-        num_workers=workers.num_workers, cpus_per_worker=workers.cpus_per_worker, use_gpu=True
-    ):
-        return
-    if len(ray.nodes()) == 1:  # type: ignore[no-untyped-call]
-        raise UserError(f"--use-gpu: this machine has not {workers.num_workers} GPUs; leave the flag out to use CPUs")
 
 
 def _open_run(task: TrainingTask, tracker: Tracker, parent_run_id: str | None, tags: Mapping[str, str]) -> TrackedRun:
@@ -244,33 +248,23 @@ def _refuse_other_config(config: TrainConfig, params: Mapping[str, str]) -> None
 @contextlib.contextmanager
 def _truthful_status(run: TrackedRun) -> Iterator[None]:
     """Ends the MLflow run as what it was: FINISHED, FAILED, or KILLED by Ctrl-C or SIGTERM."""
-    with _sigterm_as_interrupt():
-        try:
-            yield
-        except KeyboardInterrupt:
-            run.finish("KILLED")
-            raise
-        except BaseException:
-            run.finish("FAILED")
-            raise
-        run.finish("FINISHED")
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """A stopped job gets SIGTERM and has seconds left: it leaves by the same way as Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # A trial of a sweep: its driver's main thread is not ours to change.
-        return
-
-    def interrupt(_signal: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    except KeyboardInterrupt:
+        _end(run, "KILLED")
+        raise
+    except BaseException:
+        _end(run, "FAILED")
+        raise
+    run.finish("FINISHED")
+
+
+def _end(run: TrackedRun, status: Literal["FAILED", "KILLED"]) -> None:
+    """Another error is on its way: MLflow being away as well must not hide it."""
+    try:
+        run.finish(status)
+    except WorldError as error:
+        logger.warning("the run could not be marked %s: %s", status, error)
 
 
 def _run_beside(call: Callable[[], Result], turn: Callable[[], None]) -> Result:

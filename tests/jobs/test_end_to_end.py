@@ -161,7 +161,11 @@ def ray_head(home: str) -> Iterator[dict[str, str]]:
         ports.append(probe.getsockname()[1])
     for probe in probes:
         probe.close()
-    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # the job's "python" is the head's
+    }
     ray = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
     start = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={ports[0]}", "--num-cpus=2"]
     start += ["--dashboard-host=127.0.0.1", f"--dashboard-port={ports[1]}", f"--temp-dir={folder}"]
@@ -188,11 +192,10 @@ def _answers(port: int) -> bool:
 def test_a_submitted_job_succeeds_and_a_plain_run_sees_its_run(home: str, ray_head: dict[str, str]) -> None:
     ray = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
     job = ["job", "submit", "--working-dir", ".", "--", "python", "jobs/train.py", *TINY, "--name", "submitted"]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         [*ray, *job],
         cwd=ROOT,
-        env={**os.environ, **ray_head, "PATH": path},
+        env={**os.environ, **ray_head},
         capture_output=True,
         text=True,
         timeout=300,
@@ -209,7 +212,7 @@ def test_a_submitted_job_succeeds_and_a_plain_run_sees_its_run(home: str, ray_he
     refused = subprocess.run(
         [*ray, *job],
         cwd=ROOT,
-        env={**os.environ, **ray_head, "PATH": path, "RAY_AUTH_TOKEN": secrets.token_hex(32)},
+        env={**os.environ, **ray_head, "RAY_AUTH_TOKEN": secrets.token_hex(32)},
         capture_output=True,
         text=True,
         timeout=120,
