@@ -94,7 +94,7 @@ def _one_line_errors(method: F) -> F:
         try:
             return method(*args, **kwargs)
         except (MlflowException, ConnectionError) as error:
-            raise WorldError(f"MLflow refused or is away: {str(error).splitlines()[0]}") from error
+            raise WorldError(f"MLflow refused or is away: {_first_line(error)}") from error
 
     return cast(F, wrapped)
 
@@ -202,8 +202,7 @@ class Tracker:
             self.client.search_experiments(max_results=1)
         except (MlflowException, SQLAlchemyError, ImportError) as error:
             # ImportError: the database's driver is not installed.
-            reason = str(error).strip().partition("\n")[0]
-            raise WorldError(f"MLflow at {self.shown_uri} refused: {reason}") from error
+            raise WorldError(f"MLflow at {self.shown_uri} refused: {_first_line(error)}") from error
 
     @property
     def shown_uri(self) -> str:
@@ -316,7 +315,7 @@ class Tracker:
             # MLflow lets through whatever its store raises: botocore, requests, OSError, its own exception.
             raise WorldError(
                 f"cannot read checkpoint {checkpoint.run_name} step {checkpoint.step} at {checkpoint.artifact_uri}: "
-                f"{str(error).splitlines()[0]}"
+                f"{_first_line(error)}"
             ) from error
 
     @_one_line_errors
@@ -389,6 +388,10 @@ def _check_reachable(uri: str) -> None:
             f"MLflow at {_redact(uri)} does not answer ({detail}); start it, or unset MLFLOW_TRACKING_URI "
             "to use the local store"
         ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _redact(uri: str) -> str:

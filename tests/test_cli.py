@@ -116,6 +116,19 @@ def test_of_two_presets_the_last_one_counts_as_for_any_flag():
     assert parse_with_preset("--preset", "cifar10", "--preset", "digits") == preset("digits")
 
 
+@pytest.mark.parametrize(
+    ("preset_name", "flag", "expected"),
+    [
+        ("cifar10", "--random-flip", True),
+        ("cifar10", "--no-random-flip", False),
+        ("digits", "--random-flip", True),
+        ("digits", "--no-random-flip", False),
+    ],
+)
+def test_a_yes_or_no_knob_is_set_either_way_over_any_preset(preset_name, flag, expected):
+    assert parse_with_preset("--preset", preset_name, flag).data.random_flip is expected
+
+
 def test_no_preset_gives_the_defaults():
     assert parse_with_preset() == TrainConfig()
 
@@ -153,6 +166,12 @@ def test_a_failure_of_the_world_ends_with_1_and_one_line_without_a_traceback(err
 def test_ctrl_c_ends_with_130_and_without_a_traceback():
     done = run_script("import signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(30)")
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "", "error: interrupted\n")
+
+
+def test_a_stopped_job_leaves_like_ctrl_c():
+    done = run_script("import signal; os.kill(os.getpid(), signal.SIGTERM); import time; time.sleep(30)", "--json")
+    assert done.returncode == 130
+    assert json.loads(done.stdout) == {"error": "interrupted", "exit_code": 130}
 
 
 def test_a_bug_keeps_its_traceback_and_does_not_end_with_0():

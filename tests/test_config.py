@@ -203,6 +203,16 @@ def test_an_override_is_checked_like_a_new_config():
         (EvaluateConfig, {}, "give either --run NAME or --pending"),
         (EvaluateConfig, {"run": "a", "pending": True}, "give either --run NAME or --pending"),
         (TuneConfig, {"schedules": ()}, "--schedules (): must be at least one schedule"),
+        (
+            TuneConfig,
+            {"base": TrainConfig(diffusion=ScheduleConfig(T=50))},
+            "--T 50: a sweep tries several; give --Ts",
+        ),
+        (
+            TuneConfig,
+            {"base": TrainConfig(diffusion=ScheduleConfig(beta_start=0.1))},
+            "--beta-start 0.1: a sweep tries several; give --beta-ranges",
+        ),
         (TuneConfig, {"Ts": ()}, "--Ts (): must be at least one T"),
         (TuneConfig, {"beta_ranges": ("0.1",)}, "--beta-ranges '0.1' is not START:END; for example 1e-4:0.02"),
         (TuneConfig, {"beta_ranges": ("1:2:3",)}, "--beta-ranges '1:2:3' is not START:END; for example 1e-4:0.02"),
@@ -220,6 +230,14 @@ def test_a_name_of_letters_digits_dash_underscore_and_dot_is_accepted(name):
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a b", "a\nb", "ä", "x" * 201, "-", "s3://x", "a:b"])
 def test_a_name_that_is_no_folder_everywhere_is_refused(name):
     assert refusal(TrainConfig, name=name).startswith(f"--name {name!r}: use letters")
+
+
+def test_an_evaluation_after_training_uses_the_training_s_sampler_and_workers():
+    training = override(TrainConfig(), {"experiment": "x", "eta": 0.5, "num_workers": 4})
+    protocol = ProtocolConfig(num_images=7)
+    after = EvaluateConfig.after(training, protocol)
+    assert (after.experiment, after.sampling, after.cluster) == ("x", training.sampling, training.cluster)
+    assert after.protocol == protocol
 
 
 def test_a_beta_range_is_two_numbers():

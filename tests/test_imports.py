@@ -44,7 +44,7 @@ ONLY_IN = {
     "botocore": ("storage.py",),
     "mypy_boto3_s3": ("storage.py",),
     "webdataset": ("data",),
-    "tyro": ("cli.py",),
+    "tyro": ("cli.py", "config.py"),
 }
 """Where a third-party library may be imported: sub-packages (or modules of that name) and single files."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from servers import mlflow_server
 
 from pipeline import storage
 from pipeline.errors import UserError, WorldError
@@ -199,7 +200,7 @@ def test_the_same_name_again_continues_the_same_run(tracker):
     first.finish("FAILED")
     second = start(tracker)
     assert second.run_id == first.run_id
-    assert tracker.run_names(first.experiment_id) == ["run-a"]
+    assert tracker.run_names() == ["run-a"]
     assert status_of(tracker, second) == "RUNNING"
 
 
@@ -228,6 +229,23 @@ def test_a_child_run_knows_its_parent(tracker):
     parent = start(tracker, "sweep")
     child = start(tracker, "trial", parent_run_id=parent.run_id)
     assert tags_of(tracker, child)["mlflow.parentRunId"] == parent.run_id
+
+
+def test_children_that_a_sweep_left_running_are_marked_killed(tracker):
+    parent = start(tracker, "sweep")
+    done, stopped = (start(tracker, name, parent_run_id=parent.run_id) for name in ("done", "stopped"))
+    stranger = start(tracker, "stranger")
+    done.finish("FINISHED")
+    tracker.end_children(parent.run_id, parent.experiment_id)
+    statuses = [status_of(tracker, run) for run in (parent, done, stopped, stranger)]
+    assert statuses == ["RUNNING", "FINISHED", "KILLED", "RUNNING"]
+
+
+def test_the_names_of_the_newest_runs_come_first(tracker):
+    for name in ("a", "b", "c"):
+        start(tracker, name)
+        time.sleep(0.002)  # runs are ordered by their start, in milliseconds
+    assert tracker.run_names(limit=2) == ["c", "b"]
 
 
 def test_the_data_set_is_recorded_with_the_run(tracker):
@@ -432,6 +450,20 @@ def test_a_checkpoint_whose_files_are_gone_is_one_clear_line(tracker, model, tmp
         tracker.download(checkpoint, tmp_path / "copy")
 
 
+@pytest.mark.parametrize(("error", "reason"), [(ConnectionError(), "ConnectionError"), (OSError("a\nb"), "a")])
+def test_whatever_the_artifact_store_raises_is_one_clear_line(tracker, model, tmp_path, monkeypatch, error, reason):
+    run = start(tracker)
+    run.publish(model, 250, {})
+
+    def fail(**_arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("mlflow.artifacts.download_artifacts", fail)
+    with pytest.raises(WorldError) as caught:
+        tracker.download(only(tracker.checkpoints(run.experiment_id)), tmp_path / "copy")
+    assert str(caught.value).endswith(f": {reason}")
+
+
 def test_a_result_is_stored_with_its_protocol_and_marks_the_checkpoint(tracker, model):
     run = start(tracker)
     run.publish(model, 250, {})
@@ -497,6 +529,16 @@ def test_checkpoints_go_to_s3_when_home_is_there(bucket, empty_store, model, tmp
     assert checkpoint.artifact_uri.startswith(f"{bucket}/ddpm/mlartifacts/ddpm/")
     assert len(list(storage.list_files(f"{bucket}/ddpm"))) == 2
     assert files_of(tracker.download(checkpoint, tmp_path / "copy")) == files_of(model)
+
+
+@pytest.mark.slow
+def test_a_server_that_goes_away_is_one_clear_line(tmp_path, monkeypatch):
+    with mlflow_server(tmp_path) as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        tracker = Tracker()
+        run = start(tracker)
+    with pytest.raises(WorldError, match=r"^MLflow refused or is away: [^\n]+$"):
+        run.finish("FINISHED")
 
 
 @pytest.mark.slow
