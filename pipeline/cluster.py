@@ -8,7 +8,9 @@ import json
 import logging
 import os
 import secrets
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +73,7 @@ def connect(*, num_cpus: int) -> Iterator[None]:
     local: dict[str, Any] = (
         {} if address else {"num_cpus": max(num_cpus, os.cpu_count() or 1), "include_dashboard": False}
     )
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=address or "local",
@@ -82,6 +85,8 @@ def connect(*, num_cpus: int) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"join the Ray cluster at RAY_ADDRESS={address}" if address else "start Ray on this machine"
         raise WorldError(f"cannot {where}: {str(error).splitlines()[0]}") from error
+    if threading.current_thread() is threading.main_thread() and callable(on_sigterm):
+        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own handler there, which ends the process
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ so a config flattens to one dictionary of JSON values and back (``to_flat``, ``f
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -130,7 +131,8 @@ class OptimizerConfig:
     """Use min(ema_decay, (1 + step) / (10 + step)), so that early averages forget the initial weights."""
 
     def __post_init__(self) -> None:
-        _check(self.lr > 0, "--lr", self.lr, "above 0")
+        _check(0 < self.lr < math.inf, "--lr", self.lr, "above 0 and finite")
+        _check(self.adam_eps > 0, "--adam-eps", self.adam_eps, "above 0")
         _check(self.lr_warmup_steps >= 0, "--lr-warmup-steps", self.lr_warmup_steps, "at least 0")
         _check(self.grad_clip >= 0, "--grad-clip", self.grad_clip, "at least 0")
         _check(0 <= self.ema_decay < 1, "--ema-decay", self.ema_decay, "in [0, 1)")

@@ -6,6 +6,7 @@ processes that create one sqlite store at the same time corrupt it.
 
 import functools
 import json
+import logging
 import os
 import socket
 import sys
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run
 
 __all__ = ["Checkpoint", "DataSetInput", "MetricRecord", "TrackedRun", "Tracker"]
+
+logger = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 MetricRecord = Mapping[str, float]
@@ -252,7 +255,7 @@ class Tracker:
             if run.info.experiment_id != experiment_id:
                 other = self.client.get_experiment(run.info.experiment_id).name
                 raise UserError(f"--name {name!r} is a run of experiment {other!r}; choose another name")
-            _refuse_if_live(run)
+            _refuse_if_live(self.client, run)
             self.client.update_run(run.info.run_id, status="RUNNING")
         tracked = TrackedRun(self, run)
         tracked.set_tags({_OWNER: _owner(), **tags})
@@ -274,11 +277,13 @@ class Tracker:
         for run in self.client.search_runs([experiment_id], query):
             self.client.set_terminated(run.info.run_id, "KILLED")
 
+    @_one_line_errors
     def run_names(self, limit: int = 20) -> list[str]:
         """Names of the newest runs."""
         experiments = [entry.experiment_id for entry in self.client.search_experiments()]
         return [run.info.run_name for run in self.client.search_runs(experiments, max_results=limit)]
 
+    @_one_line_errors
     def params(self, run_id: str) -> dict[str, str]:
         """Params of a run."""
         return dict(self.client.get_run(run_id).data.params)
@@ -410,18 +415,25 @@ def _owner() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
-def _refuse_if_live(run: "Run") -> None:
-    if run.info.status != "RUNNING":
-        return
-    owner, beat = run.data.tags.get(_OWNER, ":0"), float(run.data.tags.get(_HEARTBEAT, 0))
+def _refuse_if_live(client: Any, run: "Run") -> None:
+    """Refuses a run whose driver lives. Of a driver on another machine only its heartbeat can tell, so that is watched:
+    a retried job, whose first driver died a moment ago, waits until it is sure and then goes on.
+    """
+    owner, first_beat = run.data.tags.get(_OWNER, ":0"), run.data.tags.get(_HEARTBEAT, "0")
     host, _, pid = owner.rpartition(":")
-    silent = time.time() - beat
-    dead_here = host == socket.gethostname() and not psutil.pid_exists(int(pid))
-    if owner == _owner() or dead_here or silent > STALE_SECONDS:
+    here = host == socket.gethostname()
+    if run.info.status != "RUNNING" or owner == _owner() or (here and not psutil.pid_exists(int(pid))):
+        return
+    beat = first_beat
+    while not here and beat == first_beat and (silent := time.time() - float(beat)) < STALE_SECONDS:
+        logger.info("run %s: waiting to see whether its driver %s is alive", run.info.run_name, owner)
+        time.sleep(min(5.0, STALE_SECONDS - silent))
+        beat = client.get_run(run.info.run_id).data.tags.get(_HEARTBEAT, "0")
+    if beat == first_beat and time.time() - float(beat) >= STALE_SECONDS:
         return
     raise UserError(
-        f"run {run.info.run_name!r} is being written by a live driver ({owner}, last seen {silent:.0f} s ago); "
-        f"wait for it, end it, or choose another --name"
+        f"run {run.info.run_name!r} is being written by a live driver ({owner}, last seen "
+        f"{time.time() - float(beat):.0f} s ago); wait for it, end it, or choose another --name"
     )
 
 

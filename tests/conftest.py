@@ -1,6 +1,7 @@
 """What every test gets: a home of its own, no servers and no credentials of the person who runs it."""
 
 import os
+import secrets
 import sys
 import uuid
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parent))
+
+# Ray reads these once, when it is first imported, by whichever test does it.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
 
 from servers import S3Server, find_program, forget_s3_client, mlflow_server, seaweedfs
 

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -295,11 +296,25 @@ def test_a_run_whose_process_is_dead_is_taken_over_at_once(tracker):
     assert tags_of(tracker, run)["ddpm.owner"] == f"{socket.gethostname()}:{os.getpid()}"
 
 
-def test_a_run_of_another_machine_is_refused_while_its_heart_beats(tracker):
+def test_a_run_of_another_machine_is_refused_once_its_heart_beats(tracker):
     run = start(tracker)
     owned_by(tracker, run, "another-host:1")
+    now = int(time.time())
+    beat = threading.Timer(2, tracker.client.set_tag, (run.run_id, "ddpm.heartbeat", str(now + 1)))
+    beat.start()
     with pytest.raises(UserError, match=r"live driver \(another-host:1"):
         start(tracker)
+    beat.join()
+
+
+def test_a_run_of_another_machine_is_taken_over_after_a_wait_without_a_heartbeat(tracker, monkeypatch):
+    run = start(tracker)
+    owned_by(tracker, run, "another-host:1")
+    tracker.client.set_tag(run.run_id, "ddpm.heartbeat", str(int(time.time())))
+    monkeypatch.setattr("pipeline.tracking.STALE_SECONDS", 3.0)
+    started = time.monotonic()
+    assert start(tracker).run_id == run.run_id
+    assert time.monotonic() - started > 1.5
 
 
 def test_a_run_of_another_machine_is_taken_over_when_it_has_been_silent(tracker):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import secrets
 
 import numpy as np
 import pytest
@@ -124,14 +123,14 @@ def test_a_finished_data_set_is_never_overwritten_by_another(destination):
     prepare_digits(destination)
     before = content(destination)
     for options in ({"image_size": 16}, {"image_channels": 3}, {"images_per_shard": 400}):
-        with pytest.raises(UserError, match=r"holds another data set .* choose another --destination or delete it"):
+        with pytest.raises(UserError, match=r"holds another data set .* choose another --data or delete it"):
             prepare_digits(destination, **options)
     assert content(destination) == before
 
 
 def test_a_data_set_that_was_begun_is_never_continued_with_other_options(destination, monkeypatch):
     kill_after(monkeypatch, 1, destination)
-    with pytest.raises(UserError, match=r"beginning of another data set .* choose another --destination"):
+    with pytest.raises(UserError, match=r"beginning of another data set .* choose another --data"):
         prepare_digits(destination, image_size=16)
 
 
@@ -187,7 +186,6 @@ def test_a_shard_that_another_node_kept_to_itself_is_noticed_before_the_manifest
 
 @pytest.fixture(scope="module")
 def cluster():
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)

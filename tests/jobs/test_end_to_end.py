@@ -180,7 +180,7 @@ def ray_head(home: str) -> Iterator[dict[str, str]]:
             time.sleep(0.5)
         yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
         head.terminate()
-        head.wait(30)
+        head.wait(120)
 
 
 def _answers(port: int) -> bool:
