@@ -45,6 +45,9 @@ def set_environment() -> None:
     """Sets what Ray reads from the environment when it is first imported; later it is too late for the token."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    if "RAY_ADDRESS" in os.environ:
+        # A GPU machine of the cloud boots and pulls its image in minutes; by default Ray Train gives up after one.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
     if "RAY_ADDRESS" in os.environ or "RAY_AUTH_MODE" in os.environ or "ray" in sys.modules:
         return
     os.environ["RAY_AUTH_MODE"] = "token"
@@ -103,16 +106,14 @@ def fits(*, num_workers: int, cpus_per_worker: int, use_gpu: bool) -> int:
 
 
 def require(*, num_workers: int, cpus_per_worker: int, use_gpu: bool) -> None:
-    """Refuses GPUs that a single machine does not have; a cluster of several may still grow.
+    """Refuses GPUs that this machine does not have, if it is the whole cluster; a joined cluster may still grow.
 
     Raises:
-        UserError: ``--use-gpu`` on one machine without enough GPUs.
+        UserError: ``--use-gpu`` on a machine without enough GPUs.
     """
-    import ray
-
-    if not use_gpu or fits(num_workers=num_workers, cpus_per_worker=cpus_per_worker, use_gpu=True):
+    if not use_gpu or "RAY_ADDRESS" in os.environ:
         return
-    if len(ray.nodes()) == 1:  # type: ignore[no-untyped-call]
+    if not fits(num_workers=num_workers, cpus_per_worker=cpus_per_worker, use_gpu=True):
         raise UserError(f"--use-gpu: this machine has not {num_workers} GPUs; leave the flag out to use CPUs")
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 
 from pipeline import storage
-from pipeline.errors import UserError, WorldError
+from pipeline.errors import UserError, WorldError, first_line
 
 # An outage must not hold the driver for minutes: few short retries here, records are kept and sent later instead.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -33,13 +33,16 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run
 
-__all__ = ["Checkpoint", "DataSetInput", "MetricRecord", "TrackedRun", "Tracker"]
+__all__ = ["TIMESTAMP", "Checkpoint", "DataSetInput", "MetricRecord", "TrackedRun", "Tracker"]
 
 logger = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 MetricRecord = Mapping[str, float]
-"""Metric values by key, with the key ``step`` for the optimizer step."""
+"""Metric values by key, with the key ``step`` for the optimizer step and perhaps ``TIMESTAMP``."""
+
+TIMESTAMP = "timestamp_ms"
+"""When a record was made, in milliseconds since 1970; the time of sending when left out."""
 
 HEARTBEAT_SECONDS = 15.0
 STALE_SECONDS = 90.0
@@ -97,7 +100,7 @@ def _one_line_errors(method: F) -> F:
         try:
             return method(*args, **kwargs)
         except (MlflowException, ConnectionError) as error:
-            raise WorldError(f"MLflow refused or is away: {_first_line(error)}") from error
+            raise WorldError(f"MLflow refused or is away: {first_line(error)}") from error
 
     return cast(F, wrapped)
 
@@ -120,10 +123,10 @@ class TrackedRun:
 
         now = int(time.time() * 1000)
         metrics = [
-            Metric(key, value, now, int(record["step"]))
+            Metric(key, value, int(record.get(TIMESTAMP, now)), int(record["step"]))
             for record in records
             for key, value in record.items()
-            if key != "step"
+            if key not in ("step", TIMESTAMP)
         ]
         for start in range(0, len(metrics), _BATCH_METRICS):
             self._client.log_batch(self.run_id, metrics=metrics[start : start + _BATCH_METRICS])
@@ -205,7 +208,7 @@ class Tracker:
             self.client.search_experiments(max_results=1)
         except (MlflowException, SQLAlchemyError, ImportError) as error:
             # ImportError: the database's driver is not installed.
-            raise WorldError(f"MLflow at {self.shown_uri} refused: {_first_line(error)}") from error
+            raise WorldError(f"MLflow at {self.shown_uri} refused: {first_line(error)}") from error
 
     @property
     def shown_uri(self) -> str:
@@ -320,7 +323,7 @@ class Tracker:
             # MLflow lets through whatever its store raises: botocore, requests, OSError, its own exception.
             raise WorldError(
                 f"cannot read checkpoint {checkpoint.run_name} step {checkpoint.step} at {checkpoint.artifact_uri}: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
 
     @_one_line_errors
@@ -393,10 +396,6 @@ def _check_reachable(uri: str) -> None:
             f"MLflow at {_redact(uri)} does not answer ({detail}); start it, or unset MLFLOW_TRACKING_URI "
             "to use the local store"
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _redact(uri: str) -> str:

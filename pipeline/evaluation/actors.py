@@ -111,7 +111,7 @@ class Workers:
     """A pool of actors that gives results in the order of the work, whichever actor is done first."""
 
     def __init__(self, actors: list[Any]) -> None:
-        self._pool = ActorPool(actors)
+        self._actors = actors
 
     def chunks(
         self, files: ModelFiles, sampling: SamplingConfig, *, num_chunks: int, size: int
@@ -132,7 +132,8 @@ class Workers:
 
     def _map(self, submit: Callable[[Any, Any], Any], work: Iterable[Any]) -> Iterator[Any]:
         try:
-            yield from self._pool.map(submit, list(work))
+            # A pool of its own for each piece of work: what an earlier one left unfinished must not come out here.
+            yield from ActorPool(self._actors).map(submit, list(work))
         except RayTaskError as error:
             cause = error.cause
             raise cause if isinstance(cause, UserError | WorldError) else WorldError(_last_line(error)) from error

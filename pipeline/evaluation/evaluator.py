@@ -80,9 +80,12 @@ def evaluate(config: EvaluateConfig, tracker: Tracker, todo: Sequence[Checkpoint
         return Outcome()
     extractor = load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
     num_chunks = math.ceil(config.protocol.num_images / config.protocol.chunk_size)
-    evaluated, failed = [], []
+    evaluated: list[Evaluation] = []
+    failed: list[Failure] = []
     with open_workers(config.cluster, config.protocol, most=num_chunks) as workers:
         for checkpoint in todo:
+            if len(evaluated) == config.max_checkpoints:
+                break  # counted by successes: checkpoints that cannot be evaluated must not keep others waiting
             try:
                 evaluated.append(_evaluate_one(config, tracker, checkpoint, extractor, workers))
             except (UserError, WorldError) as error:
@@ -119,8 +122,7 @@ def select(config: EvaluateConfig, tracker: Tracker) -> list[Checkpoint]:
     """
     extractor = load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
     found = _selected(config, tracker)
-    todo = [c for c in found if not c.has_result(_protocol(config, c, extractor).identity)]
-    return todo[: config.max_checkpoints]
+    return [c for c in found if not c.has_result(_protocol(config, c, extractor).identity)]
 
 
 def _selected(config: EvaluateConfig, tracker: Tracker) -> list[Checkpoint]:

@@ -4,6 +4,7 @@ Fair by construction: all trials share seed, image order, noise, initial weights
 number of network evaluations. The loss is never the objective: it is not comparable across schedules and T.
 """
 
+import json
 import logging
 import time
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from ray.tune import TuneConfig as RayTuneConfig
 
 from pipeline import cluster, storage
 from pipeline.config import ClusterConfig, EvaluateConfig, TrainConfig, TuneConfig, to_flat
-from pipeline.errors import UserError, WorldError
+from pipeline.errors import UserError, WorldError, first_line
 from pipeline.evaluation.evaluator import evaluate_last
 from pipeline.evaluation.features import METRICS, load_extractor
 from pipeline.provenance import code_record
@@ -29,6 +30,21 @@ from pipeline.training.trainer import fit
 __all__ = ["tune"]
 
 logger = logging.getLogger(__name__)
+
+# What may differ when a sweep is continued: which trials it has and where they run, not their budget or protocol.
+_MAY_CHANGE = {
+    "schedules",
+    "Ts",
+    "beta_ranges",
+    "max_concurrent_trials",
+    "num_workers",
+    "use_gpu",
+    "cpus_per_worker",
+    "max_failures",
+    "loader_cache_bytes",
+    "keep_checkpoints",
+    "log_every",
+}
 
 # A trial's driver only waits for its workers. It may hold no CPU: on a cluster that is full of such drivers no worker
 # would ever start. Tune refuses a trial without any resource, so it holds one byte of memory.
@@ -62,6 +78,7 @@ def tune(config: TuneConfig, name: str, tracker: Tracker) -> SweepResult:
     for trial in trials:
         plan(trial.config(config.base, name))
     load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
+    _refuse_another_sweep(config, name, tracker)
     workers = config.base.cluster
     parent = tracker.start_run(
         name,
@@ -101,6 +118,25 @@ def tune(config: TuneConfig, name: str, tracker: Tracker) -> SweepResult:
         # Trials that were stopped with the sweep cannot say so themselves.
         tracker.end_children(parent.run_id, parent.experiment_id)
         parent.finish(status)  # type: ignore[arg-type]
+
+
+def _refuse_another_sweep(config: TuneConfig, name: str, tracker: Tracker) -> None:
+    """A sweep may be continued with more trials, but all of them must have had the same budget and protocol."""
+    existing = tracker.find_run(name)
+    if existing is None:
+        return
+    then, now = existing.data.params, {key: _text(value) for key, value in _params(config).items()}
+    changed = [
+        f"{key} was {then[key]}, now {text}"
+        for key, text in now.items()
+        if key in then and key not in _MAY_CHANGE and then[key] != text
+    ]
+    if changed:
+        raise UserError(f"sweep {name!r} exists with other trials: {'; '.join(changed)}; choose another --name")
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _params(config: TuneConfig) -> dict[str, Any]:
@@ -189,7 +225,7 @@ def _log(result: SweepResult, parent: TrackedRun) -> None:
 
 
 def _last_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[-1]
+    return first_line(Exception(str(error).strip().splitlines()[-1]))
 
 
 class _Progress(Callback):
@@ -203,7 +239,7 @@ class _Progress(Callback):
         try:
             self._parent.heartbeat()
         except Exception as error:  # MLflow being away must not end a sweep.
-            logger.warning("MLflow does not answer: %s", str(error).splitlines()[0])
+            logger.warning("MLflow does not answer: %s", first_line(error))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Called by Tune when a trial is done."""

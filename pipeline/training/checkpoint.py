@@ -55,7 +55,9 @@ def load_checkpoint(folder: Path, *, unet: nn.Module, ema: Ema, optimizer: torch
     try:
         unet.load_state_dict(load_tensors(folder, MODEL_FILE, meta))
         ema.load_state_dict(load_tensors(folder, EMA_FILE, meta))
-        state = torch.load(io.BytesIO(verified_bytes(folder, OPTIMIZER_FILE, meta)), weights_only=True)
+        state = torch.load(
+            io.BytesIO(verified_bytes(folder, OPTIMIZER_FILE, meta)), weights_only=True, map_location="cpu"
+        )
         optimizer.load_state_dict(state)
     except (RuntimeError, KeyError, ValueError) as error:
         if isinstance(error, WorldError):

@@ -1,5 +1,6 @@
 """The loop of one worker, Ray or not: batch, noise, loss, backward, clip, step, EMA, log?, checkpoint?."""
 
+import json
 import math
 import tempfile
 import time
@@ -12,23 +13,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline import draws
-from pipeline.config import OptimizerConfig, TrainConfig
+from pipeline.config import OptimizerConfig, TrainConfig, to_flat
 from pipeline.data.loader import Batch, Loader
 from pipeline.diffusion.ema import Ema
 from pipeline.diffusion.process import q_sample, simple_loss
 from pipeline.errors import WorldError
-from pipeline.model_folder import build_schedule, build_unet
+from pipeline.model_folder import build_schedule, build_unet, read_meta
 from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.training.task import TrainingTask
+from pipeline.training.task import TrainingTask, differences
 
-__all__ = ["DivergedError", "Record", "Worker", "is_due", "learning_rate", "noise_of", "train"]
+__all__ = ["HopelessError", "Record", "Worker", "is_due", "learning_rate", "noise_of", "train"]
 
 Record = dict[str, float]
 """Metrics of one logging window by key, with ``step``: the number of optimizer steps done."""
 
 
-class DivergedError(WorldError):
-    """The loss or its gradient is not finite. Every rank raises it at the same step; trying again does not help."""
+class HopelessError(WorldError):
+    """Trying again from the last checkpoint ends in the same way. Every rank raises it at the same step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ def train(task: TrainingTask, worker: Worker, resume_from: Path | None = None) -
         resume_from: Folder of the checkpoint to go on from.
 
     Raises:
-        DivergedError: The loss is not finite; the step is named.
+        HopelessError: The loss is not finite (the step is named), or ``resume_from`` belongs to another run.
         WorldError: A checkpoint or shard is damaged.
     """
     config = task.config
@@ -70,7 +71,10 @@ def train(task: TrainingTask, worker: Worker, resume_from: Path | None = None) -
     _settle_buckets(model, task, worker)
     ema = Ema(unet, decay=config.optimizer.ema_decay, warmup=config.optimizer.ema_warmup)
     optimizer = torch.optim.Adam(unet.parameters(), lr=config.optimizer.lr, eps=config.optimizer.adam_eps)
-    start = load_checkpoint(resume_from, unet=unet, ema=ema, optimizer=optimizer) if resume_from else 0
+    start = 0
+    if resume_from:
+        _check_same_run(task, resume_from)
+        start = load_checkpoint(resume_from, unet=unet, ema=ema, optimizer=optimizer)
     meter = Meter(worker, config.data.batch_size, start)
 
     with _open_loader(task, worker, start) as loader:
@@ -102,6 +106,17 @@ def train(task: TrainingTask, worker: Worker, resume_from: Path | None = None) -
                 _checkpoint(task, worker, unet, ema, optimizer, done)
                 meter.restart()
     return max(start, config.steps)
+
+
+def _check_same_run(task: TrainingTask, checkpoint: Path) -> None:
+    """The checkpoint itself says what it is of: MLflow may be another store than the one the run began with."""
+    meta = read_meta(checkpoint)
+    then = {key: value if isinstance(value, str) else json.dumps(value) for key, value in to_flat(meta.config).items()}
+    changed = differences(task.config, then)
+    if meta.data["digest"] != task.manifest.digest:
+        changed.append(f"the data set's digest was {meta.data['digest'][:12]}, now {task.manifest.digest[:12]}")
+    if changed:
+        raise HopelessError(f"{checkpoint} belongs to another run: {'; '.join(changed)}; choose another --name")
 
 
 def is_due(done: int, every: int, last: int) -> bool:
@@ -157,14 +172,14 @@ class Meter:
         """The window's metrics, the loss averaged over all workers; starts the next window. Every rank calls it.
 
         Raises:
-            DivergedError: A loss or gradient of the window was not finite; nothing of it is logged or saved.
+            HopelessError: A loss or gradient of the window was not finite; nothing of it is logged or saved.
         """
         if self._worker.num_workers > 1:
             dist.all_reduce(self._loss_sum)
             dist.all_reduce(self._first_bad, op=dist.ReduceOp.MIN)
         first_bad = int(self._first_bad)
         if first_bad < int(self._never):
-            raise DivergedError(
+            raise HopelessError(
                 f"the loss or its gradient is not finite at step {first_bad}; the last checkpoint before it is kept. "
                 f"Lower --lr or --grad-clip, or look at the images of that step"
             )

@@ -5,6 +5,7 @@ decision 9). A server that is away for a while costs nothing: records stay here 
 """
 
 import logging
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -19,11 +20,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import storage
 from pipeline.config import TrainConfig
-from pipeline.errors import WorldError
+from pipeline.errors import WorldError, first_line
 from pipeline.generation import generate_chunk
 from pipeline.images import encode_png, image_grid
 from pipeline.model_folder import EMA_FILE, build_schedule, build_unet, load_tensors, read_meta
-from pipeline.tracking import TrackedRun
+from pipeline.tracking import TIMESTAMP, TrackedRun
 from pipeline.training.checkpoint import save_published
 from pipeline.training.loop import Record
 
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 _LINE_SECONDS = 10.0
 _RETRY_SECONDS = 10.0
+_POLL_SECONDS = 1.0
+_PATIENCE_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,14 @@ class Recorder:
         self._grid_folder = grid_folder
         self._tags = tags
         self._unsent: list[Record] = []
-        self._unpublished: list[Committed] = []
+        self._unpublished: list[_Publication] = []
         # After a failure Ray Train repeats steps. They are the same steps with the same values, and MLflow would
         # append them: each step is sent once.
         self._last_step = run.last_step("train/loss")
-        self._published = run.published_steps()
+        self.published = run.published_steps()
+        # Ray Train keeps few checkpoints: what is published is copied as soon as it is committed, whatever MLflow does.
+        self._copies = tempfile.TemporaryDirectory(prefix="ddpm-publish-")
+        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="copy")
         # Sampling a sheet takes seconds to minutes; signs of life must not wait for it.
         self._publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self._publishing: Future[None] | None = None
@@ -133,30 +139,52 @@ class Recorder:
             self._send()
         except Exception as error:  # MLflow passes on whatever requests, SQLAlchemy, botocore or the disk raise.
             self._next_try = time.monotonic() + _RETRY_SECONDS
-            logger.warning("MLflow does not take records at the moment; kept and sent later (%s)", _first_line(error))
+            logger.warning("MLflow does not take records at the moment; kept and sent later (%s)", first_line(error))
 
     def finish(self) -> None:
-        """Takes and sends the rest.
+        """Takes and sends the rest; waits ``_PATIENCE_SECONDS`` for an MLflow that is away.
 
         Raises:
-            WorldError: MLflow is away; says what is missing there.
+            WorldError: MLflow stayed away; says what is missing there.
         """
+        give_up = time.monotonic() + _PATIENCE_SECONDS
         self._take()
-        try:
-            self._send()
-            while self._unpublished:
-                time.sleep(0.05)
+        while True:
+            try:
                 self._send()
-        except Exception as error:
-            raise WorldError(
-                f"training is done, but MLflow lacks {len(self._unsent)} metric records and {len(self._unpublished)} "
-                f"checkpoints: {_first_line(error)}. Run the same command again to publish the checkpoints"
-            ) from error
+                if not self._unsent and not self._unpublished:
+                    break
+                time.sleep(0.05)
+            except Exception as error:
+                if time.monotonic() > give_up:
+                    raise WorldError(
+                        f"training is done, but MLflow lacks {len(self._unsent)} metric records and "
+                        f"{len(self._unpublished)} checkpoints: {first_line(error)}. Run the same command again"
+                    ) from error
+                time.sleep(_POLL_SECONDS)
+        self._copies.cleanup()
+
+    def save_what_there_is(self) -> None:
+        """After a failure: sends records and publishes committed checkpoints, as far as MLflow takes them."""
+        try:
+            self.finish()
+        except WorldError as error:
+            logger.warning("%s", error)
+
+    def save_records(self) -> None:
+        """After an interrupt, when only seconds are left: sends the records. Checkpoints are published on resume."""
+        try:
+            self._take()
+            self._run.log_metrics(self._unsent)
+        except Exception as error:  # The interrupt is what ends the run, not this.
+            logger.warning("%d metric records could not be sent: %s", len(self._unsent), first_line(error))
 
     def publish(self, committed: Committed) -> None:
         """Queues a committed checkpoint that is not published yet."""
-        if committed.step not in self._published | {other.step for other in self._unpublished}:
-            self._unpublished.append(committed)
+        step = committed.step
+        if step not in self.published | {other.step for other in self._unpublished}:
+            copy = self._copier.submit(_copy, committed, Path(self._copies.name) / str(step))
+            self._unpublished.append(_Publication(step=step, copy=copy))
 
     def _take(self) -> None:
         # Ray's stubs lose the type of an actor method's result.
@@ -168,7 +196,8 @@ class Recorder:
 
     def _note(self, record: Record) -> None:
         self._last_step = int(record["step"])
-        self._unsent.append(record)
+        # The time of the first try: a record that is sent twice is then the same record to MLflow.
+        self._unsent.append({**record, TIMESTAMP: time.time() * 1000})
         self._show(record)
 
     def _send(self) -> None:
@@ -179,19 +208,27 @@ class Recorder:
         if self._publishing is not None and self._publishing.done():
             done, self._publishing = self._publishing, None
             done.result()
-            self._published.add(self._unpublished.pop(0).step)
+            self.published.add(self._unpublished.pop(0).step)
         if self._unpublished and self._publishing is None:
             self._publishing = self._publisher.submit(self._publish, self._unpublished[0])
 
-    def _publish(self, committed: Committed) -> None:
-        step = committed.step
-        with (
-            committed.checkpoint.as_directory() as checkpoint,
-            tempfile.TemporaryDirectory(prefix="ddpm-publish-") as name,
-        ):
-            save_published(Path(checkpoint), Path(name))
-            self._log_grid(Path(name), step)
-            self._run.publish(Path(name), step, self._tags)
+    def _publish(self, publication: "_Publication") -> None:
+        """One step after the other, each done once: a later one that fails is tried again without the earlier."""
+        try:
+            folder = publication.copy.result()
+        except (OSError, WorldError) as error:
+            logger.warning("the checkpoint of step %d cannot be published: %s", publication.step, first_line(error))
+            return
+        if publication.tried and publication.step in self._run.published_steps():
+            publication.is_published = True
+        publication.tried = True
+        if not publication.has_sheet:
+            self._log_grid(folder, publication.step)
+            publication.has_sheet = True
+        if not publication.is_published:
+            self._run.publish(folder, publication.step, self._tags)
+            publication.is_published = True
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _log_grid(self, model_folder: Path, step: int) -> None:
         meta = read_meta(model_folder)
@@ -233,5 +270,19 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+@dataclass(kw_only=True)
+class _Publication:
+    """A checkpoint on its way to MLflow, and how far it has come."""
+
+    step: int
+    copy: "Future[Path]"
+    tried: bool = False
+    has_sheet: bool = False
+    is_published: bool = False
+
+
+def _copy(committed: Committed, folder: Path) -> Path:
+    folder.mkdir()
+    with committed.checkpoint.as_directory() as checkpoint:
+        save_published(Path(checkpoint), folder)
+    return folder

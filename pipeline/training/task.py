@@ -17,7 +17,32 @@ from pipeline.errors import UserError
 from pipeline.generation import check_sampling
 from pipeline.model_folder import build_schedule, build_unet
 
-__all__ = ["DryRun", "TrainingTask", "dry_run", "plan"]
+__all__ = ["DryRun", "TrainingTask", "check_model", "differences", "dry_run", "plan"]
+
+# Knobs that may change when a run is continued: where and how long it runs, not what a step computes. With a decaying
+# learning rate the steps still to come follow the new end.
+_MAY_CHANGE = {
+    "steps",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "grid_images",
+    "loader_cache_bytes",
+    "num_workers",
+    "use_gpu",
+    "cpus_per_worker",
+    "max_failures",
+    "data",  # compared by digest, so that a data set may move
+    "sampler",
+    "sampling_steps",
+    "eta",
+    "variance",
+    "sample_seed",
+    "allow_signal_at_T",
+    "preset",
+    "name",
+    "experiment",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +109,21 @@ def plan(config: TrainConfig) -> TrainingTask:
         )
     assert task.order.batches_per_epoch > 0
     return task
+
+
+def differences(config: TrainConfig, params: Mapping[str, str]) -> list[str]:
+    """What would make a continued run another one, in words.
+
+    Args:
+        config: The config of now.
+        params: The config of then as MLflow keeps it: text by leaf name. Unknown and missing names do not count.
+    """
+    now = {key: value if isinstance(value, str) else json.dumps(value) for key, value in to_flat(config).items()}
+    return [
+        f"{key} was {params[key]}, now {text}"
+        for key, text in now.items()
+        if key in params and key not in _MAY_CHANGE and params[key] != text
+    ]
 
 
 def check_model(config: TrainConfig) -> int:

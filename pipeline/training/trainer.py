@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import json
 import logging
 import secrets
 import threading
@@ -26,44 +25,23 @@ from torch import nn
 
 from pipeline import cluster, storage
 from pipeline.config import TrainConfig, to_flat
-from pipeline.errors import UserError, WorldError
+from pipeline.errors import UserError, WorldError, first_line
+from pipeline.model_folder import read_meta
 from pipeline.provenance import code_record
 from pipeline.tracking import DataSetInput, TrackedRun, Tracker
 from pipeline.training.checkpoint import checkpoint_name
-from pipeline.training.loop import DivergedError, Record, Worker, train
+from pipeline.training.loop import HopelessError, Record, Worker, train
 from pipeline.training.recorder import Committed, Recorder, TellCommits, open_mailbox
-from pipeline.training.task import TrainingTask, plan
+from pipeline.training.task import TrainingTask, differences, plan
 
 __all__ = ["TrainResult", "fit", "new_name"]
 
 logger = logging.getLogger(__name__)
 
-# Knobs that may change when a run is continued: where and how long it runs, not what a step computes. With a decaying
-# learning rate the steps still to come follow the new end.
-_MAY_CHANGE = {
-    "steps",
-    "log_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "grid_images",
-    "loader_cache_bytes",
-    "num_workers",
-    "use_gpu",
-    "cpus_per_worker",
-    "max_failures",
-    "data",  # compared by digest, so that a data set may move
-    "sampler",
-    "sampling_steps",
-    "eta",
-    "variance",
-    "sample_seed",
-    "allow_signal_at_T",
-    "preset",
-    "name",
-}
-
 _POLL_SECONDS = 0.5
 _PROCESS_GROUP_TIMEOUT_SECONDS = 300
+_SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Where Ray Train notes which checkpoints are committed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +101,7 @@ def fit(
             grid_folder=storage.join(runs_root, run.name, "samples"),
             tags={"data.digest": task.manifest.digest, "data.location": task.location, "weights": "ema"},
         )
+        _refuse_lost_checkpoints(storage.join(runs_root, run.name), recorder)
         trainer = TorchTrainer(
             _worker,  # type: ignore[arg-type]  # its return value comes back as result.return_value
             train_loop_config={"task": task.to_json(), "mailbox": mailbox},
@@ -137,10 +116,17 @@ def fit(
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
-        result = _run_beside(cast(Callable[[], Result], trainer.fit), recorder.turn)
-        step = _step_reached(result)
-        for checkpoint, metrics in result.best_checkpoints or []:
-            recorder.publish(Committed(int(metrics["step"]), checkpoint))
+        try:
+            result = _run_beside(cast(Callable[[], Result], trainer.fit), recorder.turn)
+            for checkpoint, metrics in result.best_checkpoints or []:
+                recorder.publish(Committed(int(metrics["step"]), checkpoint))
+            step = _step_reached(result)
+        except WorldError:
+            recorder.save_what_there_is()
+            raise
+        except KeyboardInterrupt:
+            recorder.save_records()
+            raise
         recorder.finish()
     record = recorder.last_record
     return TrainResult(
@@ -186,9 +172,12 @@ def _worker(inputs: dict[str, Any]) -> int | str:
         if checkpoint is None:
             return train(task, worker)
         with checkpoint.as_directory() as folder:
+            if worker.rank == 0:
+                # The driver that was told of it may have died before it was published.
+                mailbox.put.remote(Committed(read_meta(Path(folder)).step, checkpoint))
             return train(task, worker, Path(folder))
-    except DivergedError as error:
-        # Not raised: Ray Train would start again from the last checkpoint, and the same step would diverge again.
+    except HopelessError as error:
+        # Not raised: Ray Train would start again from the last checkpoint, and it would end in the same way.
         return str(error)
 
 
@@ -209,7 +198,7 @@ def _open_run(task: TrainingTask, tracker: Tracker, parent_run_id: str | None, t
     assert config.name is not None
     existing = tracker.find_run(config.name)
     if existing is not None:
-        _refuse_other_config(config, existing.data.params)
+        _refuse_another_run(task, existing.data.params, existing.data.tags)
     code = code_record()
     commit = {"mlflow.source.git.commit": code["git_commit"]} if "git_commit" in code else {}
     return tracker.start_run(
@@ -232,17 +221,26 @@ def _open_run(task: TrainingTask, tracker: Tracker, parent_run_id: str | None, t
     )
 
 
-def _refuse_other_config(config: TrainConfig, params: Mapping[str, str]) -> None:
-    """A run is continued only as what it was; MLflow's params are what it was."""
-    changed = [
-        f"{key} was {params[key]}, now {text}"
-        for key, value in to_flat(config).items()
-        if key in params and key not in _MAY_CHANGE
-        for text in [value if isinstance(value, str) else json.dumps(value)]
-        if params[key] != text
-    ]
-    if changed:
-        raise UserError(f"run {config.name!r} exists with another config: {'; '.join(changed)}; choose another --name")
+def _refuse_another_run(task: TrainingTask, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+    """A run is continued only as what it was; MLflow's params and tags say what it was."""
+    name = task.config.name
+    if changed := differences(task.config, params):
+        raise UserError(f"run {name!r} exists with another config: {'; '.join(changed)}; choose another --name")
+    digest = tags.get("data.digest", task.manifest.digest)
+    if digest != task.manifest.digest:
+        raise UserError(
+            f"run {name!r} was trained on a data set with digest {digest[:12]}, {task.location} has "
+            f"{task.manifest.digest[:12]}; give the old --data, or choose another --name"
+        )
+
+
+def _refuse_lost_checkpoints(run_folder: str, recorder: Recorder) -> None:
+    """MLflow knows published checkpoints, storage has none to go on from: starting at 0 would mix two curves."""
+    if recorder.published and not storage.exists(storage.join(run_folder, _SNAPSHOT)):
+        raise UserError(
+            f"MLflow has checkpoints of this run up to step {max(recorder.published)}, but {run_folder} holds none to "
+            "go on from; set DDPM_HOME to where they lie, or choose another --name"
+        )
 
 
 @contextlib.contextmanager
@@ -295,4 +293,4 @@ def _cause(error: TrainingFailedError) -> str:
         if isinstance(inner := getattr(failure, "cause", failure), WorldError | UserError):
             return str(inner)
     first = next(iter(failures.values()), error)
-    return str(first).strip().splitlines()[-1]
+    return first_line(Exception(str(first).strip().splitlines()[-1]))

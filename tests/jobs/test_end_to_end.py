@@ -65,9 +65,23 @@ def test_a_run_is_trained_tracked_published_and_evaluated_and_its_name_continues
     once = succeed("evaluate", "--pending", *protocol)["evaluated"]
     assert [(entry["run"], entry["step"]) for entry in once] == [("first", 10)]
     assert succeed("evaluate", "--pending", *protocol)["evaluated"] == []
-    # One worker measures the same images: the same number to the last digit.
-    alone = succeed("evaluate", "--run", "first", "--step", "20", *protocol, "--num-workers", "1")["evaluated"]
-    assert alone == []
+    # One worker measures the same images as two: the same number to the last digit.
+    identity = once[0]["identity"]
+    mlflow.delete_logged_model_tag(models["10"].model_id, f"protocol.{identity}")
+    alone = succeed("evaluate", "--run", "first", "--step", "10", *protocol, "--num-workers", "1")["evaluated"]
+    assert [(entry["value"], entry["identity"]) for entry in alone] == [(once[0]["value"], identity)]
+
+    # A damaged checkpoint is named and does not keep the others from their result.
+    other = ["--num-images", "20", "--chunk-size", "5", "--sampling-steps", "4"]
+    weights = Path(models["20"].artifact_location.removeprefix("file://")) / "ema.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:1000])
+    mixed = run_job("evaluate", "--pending", *other, "--json")
+    weights.write_bytes(whole)
+    assert mixed.code == 1
+    assert [entry["step"] for entry in mixed.result["evaluated"]] == [10]
+    assert [entry["step"] for entry in mixed.result["failed"]] == [20]
+    assert "ema.safetensors" in mixed.result["failed"][0]["reason"]
 
     # The same command with more steps continues: each step once, the same run.
     more = succeed("train", *TINY, "--name", "first", "--steps", "30")

@@ -1,0 +1,148 @@
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from mlflow.exceptions import MlflowException
+
+sys.path.append(str(Path(__file__).parent))
+
+from worlds import run_one, small_task
+
+from pipeline.tracking import MetricRecord, TrackedRun, Tracker
+from pipeline.training import recorder as recorder_module
+from pipeline.training.recorder import Committed, Recorder
+from pipeline.training.task import TrainingTask
+
+
+class LocalCheckpoint:
+    """What Ray Train commits, without Ray: a folder in storage."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def as_directory(self) -> Any:
+        return _Directory(self.folder)
+
+
+class _Directory:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> str:
+        return str(self.folder)
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> tuple[TrainingTask, Path]:
+    """Checkpoints of steps 4 and 8."""
+    task = small_task(tmp_path, grid_images=2)
+    run_one(task, tmp_path / "out")
+    return task, tmp_path / "out"
+
+
+def make_recorder(task: TrainingTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mail: list[Any]) -> Recorder:
+    run = Tracker().start_run("run", experiment="ddpm", params={}, tags={})
+    mailbox = SimpleNamespace(take_all=SimpleNamespace(remote=lambda: [mail.pop(0) for _ in range(len(mail))]))
+    monkeypatch.setattr(recorder_module.ray, "get", lambda items: items)
+    return Recorder(run, task.config, mailbox, grid_folder=str(tmp_path / "grids"), tags={})
+
+
+def record(step: int) -> dict[str, float]:
+    return {"step": step, "train/loss": 1.0 / step, "perf/images_per_second": 1.0, "perf/step_seconds": 1.0} | {
+        "perf/data_wait_ratio": 0.0
+    }
+
+
+def committed(out: Path, step: int) -> Committed:
+    return Committed(step, LocalCheckpoint(out / f"step-{step:08d}"))  # type: ignore[arg-type]
+
+
+def steps_of(recorder: Recorder) -> list[int]:
+    client, run = Tracker().client, recorder._run
+    return [metric.step for metric in client.get_metric_history(run.run_id, "train/loss")]
+
+
+def test_each_step_and_each_checkpoint_is_sent_once_though_workers_repeat_them(
+    trained: tuple[TrainingTask, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, out = trained
+    mail: list[Any] = [record(2), record(4), committed(out, 4), record(4), record(6), committed(out, 4)]
+    recorder = make_recorder(task, tmp_path, monkeypatch, mail)
+    recorder.turn()
+    mail += [record(6), record(8), committed(out, 8)]
+    recorder.finish()
+    assert steps_of(recorder) == [2, 4, 6, 8]
+    assert recorder.published == {4, 8}
+    assert recorder._run.published_steps() == {4, 8}
+    assert recorder.last_grid == str(tmp_path / "grids" / "step-00000008.png")
+    assert Path(recorder.last_grid).exists()
+    # A later driver of the same run starts where this one stopped.
+    later = make_recorder(task, tmp_path, monkeypatch, [record(8), committed(out, 8), record(10)])
+    later.finish()
+    assert steps_of(later) == [2, 4, 6, 8, 10]
+    assert len(Tracker().checkpoints(later._run.experiment_id)) == 2
+
+
+def test_an_mlflow_that_is_away_for_a_while_costs_nothing_and_doubles_nothing(
+    trained: tuple[TrainingTask, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, out = trained
+    recorder = make_recorder(task, tmp_path, monkeypatch, [record(2), record(4), committed(out, 4)])
+    applied_then_lost = iter([True, False, False])
+    send, publish = TrackedRun.log_metrics, TrackedRun.publish
+    lose_answer = iter([True, False])
+
+    def flaky_send(self: TrackedRun, records: Sequence[MetricRecord]) -> None:
+        send(self, records)
+        if next(applied_then_lost, False):
+            raise MlflowException("the answer was lost")
+
+    def flaky_publish(self: TrackedRun, *arguments: Any) -> str:
+        model_id = publish(self, *arguments)
+        if next(lose_answer, False):
+            raise MlflowException("the answer was lost")
+        return model_id
+
+    monkeypatch.setattr(TrackedRun, "log_metrics", flaky_send)
+    monkeypatch.setattr(TrackedRun, "publish", flaky_publish)
+    monkeypatch.setattr(recorder_module, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(recorder_module, "_POLL_SECONDS", 0.01)
+    recorder.turn()
+    recorder.finish()
+    assert steps_of(recorder) == [2, 4]
+    assert len(Tracker().checkpoints(recorder._run.experiment_id)) == 1
+
+
+def test_a_checkpoint_that_storage_has_dropped_does_not_hold_up_the_next(
+    trained: tuple[TrainingTask, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    task, out = trained
+    shutil.rmtree(out / "step-00000004")
+    recorder = make_recorder(task, tmp_path, monkeypatch, [committed(out, 4), committed(out, 8)])
+    recorder.finish()
+    assert recorder._run.published_steps() == {8}
+    assert "step 4 cannot be published" in caplog.text
+
+
+def test_a_checkpoint_is_kept_for_publication_though_storage_drops_it_meanwhile(
+    trained: tuple[TrainingTask, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, out = trained
+    recorder = make_recorder(task, tmp_path, monkeypatch, [committed(out, 4)])
+    with monkeypatch.context() as away:
+        away.setattr(TrackedRun, "heartbeat", lambda self: (_ for _ in ()).throw(MlflowException("away")))
+        recorder.turn()
+        recorder._copier.submit(lambda: None).result()
+        shutil.rmtree(out / "step-00000004")
+    recorder._next_try = 0.0
+    recorder.finish()
+    assert recorder._run.published_steps() == {4}

@@ -1,0 +1,65 @@
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+
+from worlds import run_one, small_task, with_knobs
+
+from pipeline import cluster
+from pipeline.config import to_flat
+from pipeline.errors import UserError, WorldError
+from pipeline.tracking import Tracker
+from pipeline.training.loop import HopelessError
+from pipeline.training.task import differences
+from pipeline.training.trainer import _open_run, new_name
+
+
+def test_a_run_is_not_continued_on_another_data_set(tmp_path: Path) -> None:
+    task = with_knobs(small_task(tmp_path), name="run")
+    _open_run(task, Tracker(), None, {}).finish("FINISHED")
+    other = replace(task, manifest=replace(task.manifest, class_names=("changed",)))
+    assert other.manifest.digest != task.manifest.digest
+    with pytest.raises(UserError, match=r"was trained on a data set with digest"):
+        _open_run(other, Tracker(), None, {})
+
+
+def test_a_run_is_not_continued_with_knobs_that_make_it_another_and_may_run_longer(tmp_path: Path) -> None:
+    task = with_knobs(small_task(tmp_path), name="run")
+    _open_run(task, Tracker(), None, {}).finish("FINISHED")
+    with pytest.raises(UserError, match=r"schedule was linear, now cosine"):
+        _open_run(with_knobs(task, schedule="cosine"), Tracker(), None, {})
+    again = _open_run(with_knobs(task, steps=9, num_workers=2, log_every=1), Tracker(), None, {})
+    assert again.name == "run"
+
+
+def test_a_checkpoint_of_another_run_is_refused_whatever_mlflow_says(tmp_path: Path) -> None:
+    task = small_task(tmp_path)
+    run_one(task, tmp_path / "out")
+    with pytest.raises(HopelessError, match=r"belongs to another run: lr was 0.002, now 0.1"):
+        run_one(with_knobs(task, lr=0.1), tmp_path / "again", resume_from=tmp_path / "out" / "step-00000004")
+    assert issubclass(HopelessError, WorldError)
+
+
+def test_differences_name_what_was_and_what_is(tmp_path: Path) -> None:
+    config = small_task(tmp_path).config
+    params = {key: str(value) for key, value in to_flat(config).items() if key == "seed"}
+    assert differences(config, params) == []
+    assert differences(config, {"seed": "7", "steps": "1", "unknown": "x"}) == ["seed was 7, now 0"]
+
+
+def test_new_names_differ_and_say_what_the_run_is(tmp_path: Path) -> None:
+    config = small_task(tmp_path).config
+    names = {new_name(config) for _ in range(5)}
+    assert len(names) == 5
+    assert all(name.startswith("digits-linear-T1000-") for name in names)
+
+
+def test_gpus_that_a_joined_cluster_lacks_now_are_asked_for_so_that_it_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "fits", lambda **_: 0)
+    with pytest.raises(UserError, match="--use-gpu"):
+        cluster.require(num_workers=1, cpus_per_worker=1, use_gpu=True)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    cluster.require(num_workers=1, cpus_per_worker=1, use_gpu=True)
