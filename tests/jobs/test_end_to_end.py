@@ -1,5 +1,6 @@
 """The four verbs as processes on a real local Ray cluster with a real MLflow store."""
 
+import json
 import os
 import secrets
 import signal
@@ -205,7 +206,21 @@ def _answers(port: int) -> bool:
 
 def test_a_submitted_job_succeeds_and_a_plain_run_sees_its_run(home: str, ray_head: dict[str, str]) -> None:
     ray = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
-    job = ["job", "submit", "--working-dir", ".", "--", "python", "jobs/train.py", *TINY, "--name", "submitted"]
+    variables = json.dumps({"env_vars": {"DDPM_HOME": home}})
+    job = [
+        "job",
+        "submit",
+        "--working-dir",
+        ".",
+        "--runtime-env-json",
+        variables,
+        "--",
+        "python",
+        "jobs/train.py",
+        *TINY,
+        "--name",
+        "submitted",
+    ]
     done = subprocess.run(
         [*ray, *job],
         cwd=ROOT,
