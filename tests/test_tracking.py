@@ -311,7 +311,7 @@ def test_a_run_of_another_machine_is_taken_over_after_a_wait_without_a_heartbeat
     run = start(tracker)
     owned_by(tracker, run, "another-host:1")
     tracker.client.set_tag(run.run_id, "ddpm.heartbeat", str(int(time.time())))
-    monkeypatch.setattr("pipeline.tracking.STALE_SECONDS", 3.0)
+    monkeypatch.setattr("pipeline.tracking.runs.STALE_SECONDS", 3.0)
     started = time.monotonic()
     assert start(tracker).run_id == run.run_id
     assert time.monotonic() - started > 1.5

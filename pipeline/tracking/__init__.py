@@ -1,0 +1,11 @@
+"""The one seam to MLflow: runs, metrics, sample grids, published checkpoints and their results.
+
+The driver is the only writer. It connects (and creates the default store) before any worker starts, since several
+processes that create one sqlite store at the same time corrupt it.
+"""
+
+from pipeline.tracking.checkpoints import Checkpoint
+from pipeline.tracking.runs import STALE_SECONDS, TIMESTAMP, DataSetInput, MetricRecord, TrackedRun
+from pipeline.tracking.store import Tracker
+
+__all__ = ["STALE_SECONDS", "TIMESTAMP", "Checkpoint", "DataSetInput", "MetricRecord", "TrackedRun", "Tracker"]
