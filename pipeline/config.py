@@ -6,9 +6,11 @@ so a config flattens to one dictionary of JSON values and back (``to_flat``, ``f
 
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -29,6 +31,8 @@ __all__ = [
     "Switch",
     "TrainConfig",
     "TuneConfig",
+    "as_params",
+    "changes",
     "from_flat",
     "override",
     "to_flat",
@@ -347,6 +351,20 @@ def to_flat(config: Any) -> Flat:
         assert not flat.keys() & leaves.keys(), f"two knobs of one name: {flat.keys() & leaves.keys()}"
         flat |= leaves
     return flat
+
+
+def as_params(flat: Flat) -> dict[str, str]:
+    """A flat config as text by name, as MLflow keeps params: strings as they are, other values as JSON."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()}
+
+
+def changes(now: dict[str, str], then: Mapping[str, str], *, allowed: Collection[str]) -> list[str]:
+    """What differs between two configs as params, in words; names that only one of them has do not count."""
+    return [
+        f"{key} was {then[key]}, now {text}"
+        for key, text in now.items()
+        if key in then and key not in allowed and then[key] != text
+    ]
 
 
 def from_flat(cls: type[C], flat: Flat) -> C:

@@ -4,7 +4,6 @@ Fair by construction: all trials share seed, image order, noise, initial weights
 number of network evaluations. The loss is never the objective: it is not comparable across schedules and T.
 """
 
-import json
 import logging
 import time
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from ray.tune import Callback, RunConfig, Tuner
 from ray.tune import TuneConfig as RayTuneConfig
 
 from pipeline import cluster, storage
-from pipeline.config import ClusterConfig, EvaluateConfig, TrainConfig, TuneConfig, to_flat
+from pipeline.config import ClusterConfig, EvaluateConfig, TrainConfig, TuneConfig, as_params, changes, to_flat
 from pipeline.errors import UserError, WorldError, first_line
 from pipeline.evaluation.evaluator import evaluate_last
 from pipeline.evaluation.features import METRICS, load_extractor
@@ -125,18 +124,9 @@ def _refuse_another_sweep(config: TuneConfig, name: str, tracker: Tracker) -> No
     existing = tracker.find_run(name)
     if existing is None:
         return
-    then, now = existing.data.params, {key: _text(value) for key, value in _params(config).items()}
-    changed = [
-        f"{key} was {then[key]}, now {text}"
-        for key, text in now.items()
-        if key in then and key not in _MAY_CHANGE and then[key] != text
-    ]
+    changed = changes(as_params(_params(config)), existing.data.params, allowed=_MAY_CHANGE)
     if changed:
         raise UserError(f"sweep {name!r} exists with other trials: {'; '.join(changed)}; choose another --name")
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _params(config: TuneConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from pipeline import storage
+from pipeline.config import as_params
 from pipeline.errors import UserError, WorldError, first_line
 from pipeline.tracking.checkpoints import EVAL_STATUS, Checkpoint, protocol_tag, published
 from pipeline.tracking.runs import DataSetInput, TrackedRun, dataset_input, one_line_errors, refuse_if_live
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Tracker"]
 
+_PARAM_LIMIT = 6000  # MLflow's, in characters
 # Without it the UI guesses from the contents and may show the pages for language models.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
@@ -198,7 +200,7 @@ class Tracker:
 
         parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
         run = self.client.create_run(experiment_id, run_name=name, tags={**tags, **parent})
-        entries = [Param(key, _param_text(value)) for key, value in params.items()]
+        entries = [Param(key, text[:_PARAM_LIMIT]) for key, text in as_params(dict(params)).items()]
         self.client.log_batch(run.info.run_id, params=entries)
         if data_set is not None:
             self.client.log_inputs(run.info.run_id, [dataset_input(data_set)])
@@ -242,8 +244,3 @@ def _redact(uri: str) -> str:
 
 def _file_uri(location: str) -> str:
     return location if storage.is_remote(location) else Path(location).as_uri()
-
-
-def _param_text(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text[:6000]  # MLflow's limit

@@ -1,6 +1,5 @@
 """The loop of one worker, Ray or not: batch, noise, loss, backward, clip, step, EMA, log?, checkpoint?."""
 
-import json
 import math
 import tempfile
 import time
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline import draws
-from pipeline.config import OptimizerConfig, TrainConfig, to_flat
+from pipeline.config import OptimizerConfig, TrainConfig, as_params, to_flat
 from pipeline.data.loader import Batch, Loader
 from pipeline.diffusion.ema import Ema
 from pipeline.diffusion.process import q_sample, simple_loss
@@ -111,8 +110,7 @@ def train(task: TrainingTask, worker: Worker, resume_from: Path | None = None) -
 def _check_same_run(task: TrainingTask, checkpoint: Path) -> None:
     """The checkpoint itself says what it is of: MLflow may be another store than the one the run began with."""
     meta = read_meta(checkpoint)
-    then = {key: value if isinstance(value, str) else json.dumps(value) for key, value in to_flat(meta.config).items()}
-    changed = differences(task.config, then)
+    changed = differences(task.config, as_params(to_flat(meta.config)))
     if meta.data["digest"] != task.manifest.digest:
         changed.append(f"the data set's digest was {meta.data['digest'][:12]}, now {task.manifest.digest[:12]}")
     if changed:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.config import TrainConfig, from_flat, to_flat
+from pipeline.config import TrainConfig, as_params, changes, from_flat, to_flat
 from pipeline.data.order import StreamOrder
 from pipeline.data.shards import Manifest, load_manifest
 from pipeline.diffusion.unet import num_parameters
@@ -118,12 +118,7 @@ def differences(config: TrainConfig, params: Mapping[str, str]) -> list[str]:
         config: The config of now.
         params: The config of then as MLflow keeps it: text by leaf name. Unknown and missing names do not count.
     """
-    now = {key: value if isinstance(value, str) else json.dumps(value) for key, value in to_flat(config).items()}
-    return [
-        f"{key} was {params[key]}, now {text}"
-        for key, text in now.items()
-        if key in params and key not in _MAY_CHANGE and params[key] != text
-    ]
+    return changes(as_params(to_flat(config)), params, allowed=_MAY_CHANGE)
 
 
 def check_model(config: TrainConfig) -> int:
