@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # Where torch comes from. On Linux the public index serves CUDA builds; for a smaller CPU build point pip at the CPU
-# index of PyTorch: make install TORCH_PIP_ARGS="--index-url ..."
+# index of PyTorch: make install TORCH_PIP_ARGS="-i URL"
 TORCH_PIP_ARGS ?=
 # Further flags of the job that a target starts: make train ARGS="--steps 2000"
 ARGS ?=
