@@ -99,7 +99,9 @@ def list_files(location: str) -> Iterator[str]:
             .paginate(Bucket=bucket, Prefix=f"{prefix.rstrip('/')}/" if prefix else "")
         )
         for page in pages:
-            yield from (f"s3://{bucket}/{entry['Key']}" for entry in page.get("Contents", []))
+            # Some clients mark folders by empty objects whose names end with a slash.
+            keys = (entry["Key"] for entry in page.get("Contents", []))
+            yield from (f"s3://{bucket}/{key}" for key in keys if not key.endswith("/"))
 
 
 def read_bytes(location: str) -> bytes:

@@ -358,3 +358,10 @@ def test_a_user_who_may_only_read_reads_and_is_refused_on_write(bucket, s3: S3Se
 def test_a_process_makes_its_own_client_after_a_fork(bucket):
     assert storage._s3() is storage._s3()
     assert storage._s3_of_process(os.getpid() + 1) is not storage._s3()
+
+
+def test_an_empty_object_that_marks_a_folder_is_no_file(bucket):
+    storage.write_bytes(f"{bucket}/folder/", b"")
+    storage.write_bytes(f"{bucket}/folder/file", b"x")
+    assert list(storage.list_files(f"{bucket}/folder")) == [f"{bucket}/folder/file"]
+    assert list(storage.list_files(bucket)) == [f"{bucket}/folder/file"]
