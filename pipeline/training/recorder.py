@@ -118,13 +118,13 @@ class Recorder:
         # After a failure Ray Train repeats steps. They are the same steps with the same values, and MLflow would
         # append them: each step is sent once.
         self._last_step = run.last_step("train/loss")
-        self.published = run.published_steps()
+        self._published = run.published_steps()
         # Ray Train keeps few checkpoints: what is published is copied as soon as it is committed, whatever MLflow does.
         self._copies = tempfile.TemporaryDirectory(prefix="ddpm-publish-")
         self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="copy")
         # Sampling a sheet takes seconds to minutes; signs of life must not wait for it.
         self._publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
-        self._publishing: Future[None] | None = None
+        self._publishing: Future[bool] | None = None
         self._next_try = 0.0
         self._next_line = time.monotonic() + _LINE_SECONDS
         self.last_record: Record = {}
@@ -182,7 +182,7 @@ class Recorder:
     def publish(self, committed: Committed) -> None:
         """Queues a committed checkpoint that is not published yet."""
         step = committed.step
-        if step not in self.published | {other.step for other in self._unpublished}:
+        if step not in self._published | {other.step for other in self._unpublished}:
             copy = self._copier.submit(_copy, committed, Path(self._copies.name) / str(step))
             self._unpublished.append(_Publication(step=step, copy=copy))
 
@@ -207,18 +207,24 @@ class Recorder:
             self._unsent.clear()
         if self._publishing is not None and self._publishing.done():
             done, self._publishing = self._publishing, None
-            done.result()
-            self.published.add(self._unpublished.pop(0).step)
+            is_published = done.result()
+            publication = self._unpublished.pop(0)
+            if is_published:
+                self._published.add(publication.step)
         if self._unpublished and self._publishing is None:
             self._publishing = self._publisher.submit(self._publish, self._unpublished[0])
 
-    def _publish(self, publication: "_Publication") -> None:
-        """One step after the other, each done once: a later one that fails is tried again without the earlier."""
+    def _publish(self, publication: "_Publication") -> bool:
+        """One step after the other, each done once: a later one that fails is tried again without the earlier.
+
+        Returns:
+            Whether it is published; not if storage could not give it. It may be offered again.
+        """
         try:
             folder = publication.copy.result()
         except (OSError, WorldError) as error:
             logger.warning("the checkpoint of step %d cannot be published: %s", publication.step, first_line(error))
-            return
+            return False
         if publication.tried and publication.step in self._run.published_steps():
             publication.is_published = True
         publication.tried = True
@@ -229,6 +235,7 @@ class Recorder:
             self._run.publish(folder, publication.step, self._tags)
             publication.is_published = True
         shutil.rmtree(folder, ignore_errors=True)
+        return True
 
     def _log_grid(self, model_folder: Path, step: int) -> None:
         meta = read_meta(model_folder)
@@ -282,7 +289,7 @@ class _Publication:
 
 
 def _copy(committed: Committed, folder: Path) -> Path:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)  # an earlier copy may have failed half-way
     with committed.checkpoint.as_directory() as checkpoint:
         save_published(Path(checkpoint), folder)
     return folder

@@ -6,7 +6,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from pipeline.config import TrainConfig, to_flat
 from pipeline.errors import UserError, WorldError, first_line
 from pipeline.model_folder import read_meta
 from pipeline.provenance import code_record
+from pipeline.tracking import Checkpoint as PublishedCheckpoint
 from pipeline.tracking import DataSetInput, TrackedRun, Tracker
 from pipeline.training.checkpoint import checkpoint_name
 from pipeline.training.loop import HopelessError, Record, Worker, train
@@ -92,16 +93,14 @@ def fit(
     cluster.require(num_workers=workers.num_workers, cpus_per_worker=workers.cpus_per_worker, use_gpu=workers.use_gpu)
     run = _open_run(task, tracker, parent_run_id, tags or {})
     with _truthful_status(run):
-        runs_root = storage.join(storage.home(), "runs")
         mailbox = open_mailbox()
         recorder = Recorder(
             run,
             config,
             mailbox,
-            grid_folder=storage.join(runs_root, run.name, "samples"),
+            grid_folder=storage.join(_runs_root(), run.name, "samples"),
             tags={"data.digest": task.manifest.digest, "data.location": task.location, "weights": "ema"},
         )
-        _refuse_lost_checkpoints(storage.join(runs_root, run.name), recorder)
         trainer = TorchTrainer(
             _worker,  # type: ignore[arg-type]  # its return value comes back as result.return_value
             train_loop_config={"task": task.to_json(), "mailbox": mailbox},
@@ -109,7 +108,7 @@ def fit(
             scaling_config=_scaling(config),
             run_config=RunConfig(  # type: ignore[arg-type]
                 name=run.name,
-                storage_path=runs_root,
+                storage_path=_runs_root(),
                 checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
                 failure_config=FailureConfig(max_failures=config.cluster.max_failures, controller_failure_limit=3),
                 callbacks=[TellCommits(mailbox)],
@@ -199,6 +198,9 @@ def _open_run(task: TrainingTask, tracker: Tracker, parent_run_id: str | None, t
     existing = tracker.find_run(config.name)
     if existing is not None:
         _refuse_another_run(task, existing.data.params, existing.data.tags)
+        _refuse_lost_checkpoints(
+            config.name, tracker.checkpoints(existing.info.experiment_id, run_id=existing.info.run_id)
+        )
     code = code_record()
     commit = {"mlflow.source.git.commit": code["git_commit"]} if "git_commit" in code else {}
     return tracker.start_run(
@@ -234,13 +236,18 @@ def _refuse_another_run(task: TrainingTask, params: Mapping[str, str], tags: Map
         )
 
 
-def _refuse_lost_checkpoints(run_folder: str, recorder: Recorder) -> None:
+def _refuse_lost_checkpoints(name: str, published: Sequence[PublishedCheckpoint]) -> None:
     """MLflow knows published checkpoints, storage has none to go on from: starting at 0 would mix two curves."""
-    if recorder.published and not storage.exists(storage.join(run_folder, _SNAPSHOT)):
+    folder = storage.join(_runs_root(), name)
+    if published and not storage.exists(storage.join(folder, _SNAPSHOT)):
         raise UserError(
-            f"MLflow has checkpoints of this run up to step {max(recorder.published)}, but {run_folder} holds none to "
-            "go on from; set DDPM_HOME to where they lie, or choose another --name"
+            f"MLflow has checkpoints of run {name!r} up to step {max(entry.step for entry in published)}, but {folder} "
+            "holds none to go on from; set DDPM_HOME to where they lie, or choose another --name"
         )
+
+
+def _runs_root() -> str:
+    return storage.join(storage.home(), "runs")
 
 
 @contextlib.contextmanager

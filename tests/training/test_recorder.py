@@ -1,5 +1,6 @@
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,7 +79,7 @@ def test_each_step_and_each_checkpoint_is_sent_once_though_workers_repeat_them(
     mail += [record(6), record(8), committed(out, 8)]
     recorder.finish()
     assert steps_of(recorder) == [2, 4, 6, 8]
-    assert recorder.published == {4, 8}
+    assert recorder._published == {4, 8}
     assert recorder._run.published_steps() == {4, 8}
     assert recorder.last_grid == str(tmp_path / "grids" / "step-00000008.png")
     assert Path(recorder.last_grid).exists()
@@ -144,5 +145,23 @@ def test_a_checkpoint_is_kept_for_publication_though_storage_drops_it_meanwhile(
         recorder._copier.submit(lambda: None).result()
         shutil.rmtree(out / "step-00000004")
     recorder._next_try = 0.0
+    recorder.finish()
+    assert recorder._run.published_steps() == {4}
+
+
+def test_a_checkpoint_that_storage_could_not_give_for_a_moment_is_published_when_it_is_offered_again(
+    trained: tuple[TrainingTask, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, out = trained
+    hidden = (out / "step-00000004").rename(tmp_path / "away")
+    recorder = make_recorder(task, tmp_path, monkeypatch, [committed(out, 4)])
+    deadline = time.monotonic() + 30
+    recorder.turn()
+    while recorder._unpublished:
+        assert time.monotonic() < deadline
+        recorder.turn()
+    assert recorder._run.published_steps() == set()
+    hidden.rename(out / "step-00000004")
+    recorder.publish(committed(out, 4))  # as the driver does with what is kept at the end
     recorder.finish()
     assert recorder._run.published_steps() == {4}

@@ -63,3 +63,16 @@ def test_gpus_that_a_joined_cluster_lacks_now_are_asked_for_so_that_it_grows(mon
         cluster.require(num_workers=1, cpus_per_worker=1, use_gpu=True)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     cluster.require(num_workers=1, cpus_per_worker=1, use_gpu=True)
+
+
+def test_a_run_whose_checkpoints_are_gone_is_refused_and_keeps_its_status(tmp_path: Path) -> None:
+    task = with_knobs(small_task(tmp_path), name="run")
+    tracker = Tracker()
+    run = _open_run(task, tracker, None, {})
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "meta.json").write_text("{}")
+    run.publish(tmp_path / "model", 4, {})
+    run.finish("FINISHED")
+    with pytest.raises(UserError, match=r"MLflow has checkpoints of run 'run' up to step 4, but .* holds none"):
+        _open_run(task, tracker, None, {})
+    assert tracker.client.get_run(run.run_id).info.status == "FINISHED"
