@@ -10,7 +10,7 @@ from pipeline.data.session import prepare_data
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(cli.JobFlags):
-    """Turn a collection of images into a data set of WebDataset shards."""
+    """Turn a collection of images into a data set of WebDataset shards, or index existing shards."""
 
     config: PrepareConfig = field(default_factory=PrepareConfig)
 
@@ -21,19 +21,9 @@ def parse_arguments(argv: list[str]) -> Arguments:
 
 
 def main(argv: list[str]) -> tuple[dict[str, Any], str]:
-    """Prepares a data set; returns its location, digest and counts."""
-    result = prepare_data(parse_arguments(argv).config)
-    manifest = result.manifest
-    facts = {
-        "location": result.location,
-        "digest": manifest.digest,
-        "num_images": manifest.num_images,
-        "num_shards": len(manifest.shards),
-        "shards_written": result.num_written,
-        "seconds": round(result.seconds, 2),
-    }
-    state = "is ready" if result.num_written else "was already there"
-    return facts, f"{result.location} {state}: {manifest.num_images:,} images in {len(manifest.shards)} shards"
+    """Prepares, indexes or verifies a data set; returns its location, digest and counts."""
+    outcome = prepare_data(parse_arguments(argv).config)
+    return outcome.to_json(), outcome.text()
 
 
 if __name__ == "__main__":

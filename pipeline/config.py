@@ -101,11 +101,36 @@ class DataConfig:
     """Canonical streams; divides batch_size, and the number of workers divides it. Part of the image order."""
     random_flip: bool = False
     """Mirror each image with probability 1/2."""
+    loader_workers: int = 0
+    """Processes beside each worker that read and decode; 0: a thread of the worker."""
     loader_cache_bytes: int = 256 * 2**20
-    """Memory for shards and decoded images in each worker, bytes."""
+    """Memory for decoded images in each worker, and as much again for remote shards, bytes."""
+    prefetch_batches: int = 2
+    """Batches prepared ahead."""
+    cache_dir: str | None = None
+    """Folder on a local disk where shards from s3:// are kept, shared by all workers of a machine."""
+    cache_bytes: int = 50 * 2**30
+    """Largest size of cache_dir, bytes; the shards used longest ago are dropped."""
+    on_bad_data: Literal["stop", "skip"] = "stop"
+    """Missing or damaged shards and images: stop, or take other images in their place and count them."""
+    max_bad_fraction: float = 0.01
+    """With --on-bad-data skip: stop when more than this part of an epoch's images is bad."""
+    storage_patience_seconds: float = 300.0
+    """How long reading waits for storage that does not answer, seconds."""
 
     def __post_init__(self) -> None:
         _check(self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
+        _check(self.loader_workers >= 0, "--loader-workers", self.loader_workers, "at least 0")
+        _check(self.loader_cache_bytes >= 0, "--loader-cache-bytes", self.loader_cache_bytes, "at least 0")
+        _check(self.prefetch_batches >= 1, "--prefetch-batches", self.prefetch_batches, "at least 1")
+        _check(self.cache_bytes >= 1, "--cache-bytes", self.cache_bytes, "at least 1")
+        _check(0 <= self.max_bad_fraction <= 1, "--max-bad-fraction", self.max_bad_fraction, "in [0, 1]")
+        _check(
+            self.storage_patience_seconds >= 0,
+            "--storage-patience-seconds",
+            self.storage_patience_seconds,
+            "at least 0",
+        )
         _check(self.num_streams >= 1, "--num-streams", self.num_streams, "at least 1")
         _check(
             self.batch_size % self.num_streams == 0,
@@ -221,6 +246,8 @@ class TrainConfig:
     """Resumable checkpoints kept in storage; published weights are kept in MLflow."""
     grid_images: int = 64
     """Images of the sample grid logged with every checkpoint."""
+    audit_dir: str | None = None
+    """Local folder where each worker notes which images, timesteps and noise every step used (JSON lines)."""
     data: DataConfig = field(default_factory=DataConfig)
     diffusion: ScheduleConfig = field(default_factory=ScheduleConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -246,18 +273,36 @@ class PrepareConfig:
     """Turns a collection of images into a data set of shards."""
 
     source: str = "digits"
-    """digits (1,797 real handwritten digits, embedded) or folder:PATH (class = sub-folder)."""
+    """digits, or KIND:PATH with KIND folder cifar10 cifar10-test archive parquet npy npz webdataset; PATH may be s3://."""
     data: str | None = None
     """Data set to write: a path, s3:// URI, or a name under $DDPM_HOME/data. Default: the source's name."""
     image_size: int | None = None
-    """Height and width of the stored images, pixels: square crop, antialiased resize. Default: the source's own."""
+    """Height and width of the images, pixels: square crop, antialiased resize. Default: the source's own."""
     image_channels: int | None = None
     """1 grey, 3 RGB. Default: the source's own, 3 for folders."""
+    crop: Literal["center", "pad", "stretch"] = "center"
+    """How other shapes become squares: cut to the centre, framed in white, or distorted."""
+    image_format: Literal["png", "jpeg", "webp"] = "png"
+    """File format of the stored images; png is lossless."""
+    image_quality: int = 95
+    """Quality of jpeg and webp, 1..100; 100 makes webp lossless."""
     images_per_shard: int = 1000
     """Images of a shard; the last shard holds the rest."""
+    shard_bytes: int | None = None
+    """Instead of images_per_shard: about this size for each shard, bytes, estimated from a sample of the images."""
+    holdout_fraction: float = 0.0
+    """Part of the images that goes to a second data set, DATA-holdout, and not to the first."""
+    verify: Switch = False
+    """Change nothing: read the data set again, check every count and checksum, and decode every image."""
 
     def __post_init__(self) -> None:
         _check(self.images_per_shard >= 1, "--images-per-shard", self.images_per_shard, "at least 1")
+        _check(1 <= self.image_quality <= 100, "--image-quality", self.image_quality, "in 1..100")
+        _check(0 <= self.holdout_fraction < 1, "--holdout-fraction", self.holdout_fraction, "in [0, 1)")
+        if self.image_size is not None:
+            _check(self.image_size >= 1, "--image-size", self.image_size, "at least 1")
+        if self.shard_bytes is not None:
+            _check(self.shard_bytes >= 1, "--shard-bytes", self.shard_bytes, "at least 1")
         if self.image_channels is not None:
             _check(self.image_channels in (1, 3), "--image-channels", self.image_channels, "1 (grey) or 3 (RGB)")
 

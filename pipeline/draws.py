@@ -29,6 +29,8 @@ class Purpose(IntEnum):
     DROPOUT = 7
     SAMPLE = 8
     SAMPLE_STEP = 9
+    SUBSTITUTE = 10
+    HOLDOUT = 11
 
 
 def generator(seed: int, purpose: Purpose, *indices: int) -> np.random.Generator:

@@ -6,13 +6,15 @@ becomes ``round((x + 1) * 127.5)`` after clamping, a byte becomes ``x / 127.5 - 
 
 import io
 import math
+from typing import Any
 
+import imagecodecs
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["ROUNDING", "decode_image", "encode_png", "image_grid", "to_model_range", "to_uint8"]
+__all__ = ["ROUNDING", "decode_into", "encode_image", "encode_png", "image_grid", "to_model_range", "to_uint8"]
 
 ROUNDING = "clamp to [-1, 1], round((x + 1) * 127.5)"
 """How generated images become bytes, in the words that an evaluation protocol records."""
@@ -30,25 +32,73 @@ def to_uint8(x: Tensor) -> Tensor:
 
 def encode_png(pixels: Tensor) -> bytes:
     """uint8 [1 or 3, H, W] as PNG bytes, the same bytes for the same pixels and Pillow version."""
+    return encode_image(pixels, "png")
+
+
+def encode_image(pixels: Tensor, image_format: str, quality: int = 95) -> bytes:
+    """uint8 [1 or 3, H, W] as the bytes of an image file, the same for the same pixels and Pillow version.
+
+    Args:
+        pixels: The image.
+        image_format: png (lossless), jpeg or webp.
+        quality: 1..100 for jpeg and webp; 100 makes webp lossless.
+    """
     array = pixels.cpu().numpy()
     picture = Image.fromarray(array[0] if array.shape[0] == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
+    options: dict[str, dict[str, Any]] = {
+        "png": {"compress_level": 6},
+        # No chroma subsampling: the default halves the resolution of colour, which a generative model learns.
+        "jpeg": {"quality": quality, "subsampling": 0},
+        "webp": {"quality": quality, "lossless": quality == 100},
+    }
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", compress_level=6)
+    picture.save(buffer, format=image_format.upper(), **options[image_format])
     return buffer.getvalue()
 
 
-def decode_image(data: bytes, channels: int) -> np.ndarray:
-    """Image bytes (PNG, JPEG, WebP) as uint8 [channels, H, W] with 1 (grey) or 3 (RGB) channels.
+def decode_into(data: bytes, out: np.ndarray) -> None:
+    """Decodes a PNG, JPEG or WebP file into ``out``, uint8 [H, W, 1 or 3].
+
+    Nothing is converted: an image of another size, depth or number of channels is an error. The size is compared with
+    ``out`` before memory is allocated, so a file that claims to be huge is refused at once.
 
     Raises:
-        ValueError: The bytes are no image that Pillow can read, or one that is absurdly large.
+        ValueError: Not such an image, damaged, or of another shape than ``out``.
     """
+    decode = _DECODERS.get(data[:3])
+    if decode is None:
+        raise ValueError("not a PNG, JPEG or WebP image")
+    # Grey images are decoded as [H, W]; a view of the one channel is the same memory.
+    target = out[..., 0] if out.shape[2] == 1 else out
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            array = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not a readable image: {error}") from error
-    return array[None] if channels == 1 else array.transpose(2, 0, 1)
+        decoded = decode(data, out=target)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(_other_shape(data, out.shape) or f"not a readable image: {error}") from error
+    if decoded is not target:
+        target[...] = decoded
+
+
+def _other_shape(data: bytes, expected: tuple[int, ...]) -> str:
+    """Why an image does not fit, if that is the reason; reads its header only."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as picture:
+            found = (picture.height, picture.width, len(picture.getbands()))
+            mode = picture.mode
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return ""
+    if found == expected and mode in ("L", "RGB"):
+        return ""
+    return (
+        f"expected {'x'.join(map(str, expected))} (height, width, channels), found {'x'.join(map(str, found))} {mode}"
+    )
+
+
+# By the first bytes of a file. All of them release Python's lock and decode straight into a given array.
+_DECODERS = {
+    b"\x89PN": imagecodecs.png_decode,
+    b"\xff\xd8\xff": imagecodecs.jpeg8_decode,
+    b"RIF": imagecodecs.webp_decode,
+}
 
 
 def image_grid(pixels: Tensor, *, min_side: int = 512, gap: int = 1) -> Tensor:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -33,13 +34,56 @@ class Credentials:
     secret_key: str
 
 
+class ServerProcess:
+    """A server in a session of its own, so that its children end with it and nobody else does."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        log: Path,
+        ready: str,
+        seconds: float,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._command = command
+        self._log = log
+        self._ready = ready
+        self._seconds = seconds
+        self._environment = environment or {}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *, wait: bool = True) -> None:
+        """Starts it, a second time over the data of the first, and waits until it is ready unless told otherwise."""
+        with self._log.open("ab") as output:
+            self._process = subprocess.Popen(
+                self._command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self._environment},
+                cwd=self._log.parent,
+                start_new_session=True,
+            )
+        if wait:
+            _wait_until_ready(self._process, self._ready, self._seconds, self._log)
+
+    def kill(self) -> None:
+        """Ends it and its children with SIGKILL, if it runs."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._process = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class S3Server:
-    """A running SeaweedFS with an administrator and a user who may only read."""
+    """A SeaweedFS with an administrator and a user who may only read."""
 
     endpoint: str
     admin: Credentials
     reader: Credentials
+    process: ServerProcess | None = None
+    """What runs it; none if it is only an address."""
 
     def environment(self, user: Credentials | None = None) -> dict[str, str]:
         """What a process needs in its environment to reach the server, as the administrator unless told otherwise."""
@@ -50,6 +94,16 @@ class S3Server:
             "AWS_ACCESS_KEY_ID": user.access_key,
             "AWS_SECRET_ACCESS_KEY": user.secret_key,
         }
+
+    def kill(self) -> None:
+        """Ends the server like a power cut. Only for a server that no other test uses."""
+        assert self.process is not None
+        self.process.kill()
+
+    def start(self, *, wait: bool = True) -> None:
+        """Starts it again on the same ports and data."""
+        assert self.process is not None
+        self.process.start(wait=wait)
 
 
 def find_program(name: str) -> str | None:
@@ -91,8 +145,9 @@ def seaweedfs(program: str, folder: Path) -> Iterator[S3Server]:
     ]  # fmt: skip
     endpoint = f"http://127.0.0.1:{s3}"
     try:
-        with _running(command, log=folder / "seaweedfs.log", ready=f"{endpoint}/healthz", seconds=30):
-            yield S3Server(endpoint=endpoint, admin=users["admin"], reader=users["reader"])
+        process = ServerProcess(command, log=folder / "seaweedfs.log", ready=f"{endpoint}/healthz", seconds=30)
+        with _running(process):
+            yield S3Server(endpoint=endpoint, admin=users["admin"], reader=users["reader"], process=process)
     finally:
         ports = (s3, filer, volume, master, admin)
         for port in (*ports, *(port + GRPC_OFFSET for port in ports)):
@@ -111,30 +166,18 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     ]  # fmt: skip
     uri = f"http://127.0.0.1:{port}"
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with _running(command, log=folder / "mlflow.log", ready=f"{uri}/health", seconds=120, environment=quiet):
+    log = folder / "mlflow.log"
+    with _running(ServerProcess(command, log=log, ready=f"{uri}/health", seconds=120, environment=quiet)):
         yield uri
 
 
 @contextmanager
-def _running(
-    command: Sequence[str], *, log: Path, ready: str, seconds: float, environment: Mapping[str, str] | None = None
-) -> Iterator[None]:
-    """Runs a server in a session of its own, so that its children end with it and nobody else does."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **(environment or {})},
-            cwd=log.parent,
-            start_new_session=True,
-        )
+def _running(process: ServerProcess) -> Iterator[None]:
     try:
-        _wait_until_ready(process, ready, seconds, log)
+        process.start()
         yield
     finally:
-        os.killpg(process.pid, 9)
-        process.wait()
+        process.kill()
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, seconds: float, log: Path) -> None:

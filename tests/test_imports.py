@@ -38,11 +38,11 @@ MAY_KNOW = {
 """Which modules and sub-packages of ``pipeline`` each of them (and ``jobs``) may import."""
 
 ONLY_IN = {
-    "ray": ("training", "evaluation", "sweep", "data/prepare.py", "cluster.py", "jobs"),
+    "ray": ("training", "evaluation", "sweep", "data/tasks.py", "cluster.py", "jobs"),
     "mlflow": ("tracking",),
-    "boto3": ("storage.py",),
-    "botocore": ("storage.py",),
-    "mypy_boto3_s3": ("storage.py",),
+    "boto3": ("storage",),
+    "botocore": ("storage",),
+    "mypy_boto3_s3": ("storage",),
     "webdataset": ("data",),
     "tyro": ("cli.py", "config.py"),
 }

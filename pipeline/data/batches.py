@@ -1,19 +1,36 @@
-"""The batch of a step, read from shards: a plain function of the step, with caches behind it. No threads here."""
+"""The batch of a step, read from shards: a plain function of the step, with caches behind it."""
 
-import struct
+import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.order import Position, StreamOrder, streams_of_rank
-from pipeline.data.shards import EncodedSample, Manifest, read_shard
+from pipeline import storage
+from pipeline.config import DataConfig
+from pipeline.data.disk_cache import DiskCache
+from pipeline.data.faults import DataError, TooMuchDamageError
+from pipeline.data.manifest import Manifest
+from pipeline.data.order import StreamOrder, streams_of_rank
+from pipeline.data.shards import decode_sample
+from pipeline.data.store import INDEX_BYTES_PER_IMAGE, Access, OpenShard, ShardStore
 from pipeline.draws import Purpose, generator
-from pipeline.errors import WorldError
-from pipeline.images import decode_image, to_model_range
+from pipeline.errors import UserError, WorldError
+from pipeline.images import to_model_range
 
-__all__ = ["Batch", "BatchReader"]
+__all__ = ["AHEAD_STEPS", "Batch", "BatchReader", "Part", "ReadPlan", "join", "plan_reading"]
+
+logger = logging.getLogger(__name__)
+
+AHEAD_STEPS = 64
+"""Shards that these many steps will need are opened ahead of time."""
+_AHEAD_STEPS_OF_IMAGES = 4
+_MAX_SUBSTITUTES = 100
+_CACHE_OVERHEAD_BYTES = 130  # of the dictionary entry beside a cached image
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,10 +39,11 @@ class Batch:
 
     Attributes:
         step: Global step that the batch belongs to, from 0.
-        x_0: Images, float32 [b, C, H, W], in [-1, 1].
+        x_0: Images, float32 [b, C, H, W], in [-1, 1], channels last in memory.
         labels: Class indices, int64 [b]; None in a data set without classes.
         keys: Keys of the images in the data set, b of them.
         streams: The worker's canonical streams, each with b / len(streams) consecutive images.
+        bad: What was damaged, a line each; in their places stand substitutes.
     """
 
     step: int
@@ -33,22 +51,128 @@ class Batch:
     labels: Tensor | None
     keys: tuple[str, ...]
     streams: tuple[int, ...]
+    bad: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some consecutive images of a worker's batch, as one reader gives them.
+
+    Attributes:
+        pixels: uint8 [n, H, W, C].
+        labels: int64 [n]; -1 for none.
+        keys: n keys.
+        bad: As in ``Batch``.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    keys: tuple[str, ...]
+    bad: tuple[str, ...]
+
+
+def join(step: int, streams: Sequence[int], parts: Sequence[Part], labelled: bool) -> Batch:
+    """Puts the parts of a worker's batch together, in order."""
+    pixels = parts[0].pixels if len(parts) == 1 else torch.cat([part.pixels for part in parts])
+    return Batch(
+        step=step,
+        x_0=to_model_range(pixels).permute(0, 3, 1, 2),
+        labels=torch.cat([part.labels for part in parts]) if labelled else None,
+        keys=tuple(key for part in parts for key in part.keys),
+        streams=tuple(streams),
+        bad=tuple(line for part in parts for line in part.bad),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadPlan:
+    """How one worker will read a data set, and the memory that it takes at most.
+
+    Attributes:
+        access: How shards are read; see ``store``.
+        shards_at_once: Most shards that a batch touches.
+        cache_bytes: Decoded images that are kept.
+        shard_bytes: Whole shards, their indexes, and single images on their way.
+        batch_bytes: Batches prepared ahead.
+        loader_workers: Processes that share the work; 0: a thread.
+    """
+
+    access: Access
+    shards_at_once: int
+    cache_bytes: int
+    shard_bytes: int
+    batch_bytes: int
+    loader_workers: int
+
+    @property
+    def bound(self) -> int:
+        """Bytes that reading takes at most in a worker, without the interpreters of loader processes."""
+        return self.cache_bytes + self.shard_bytes + self.batch_bytes
+
+    def formula(self) -> str:
+        """The bound in words."""
+        how = {"files": "shards read as files", "memory": "whole shards in memory", "ranges": "an image a request"}
+        processes = f" + {self.loader_workers} loader processes of about 200 MiB" if self.loader_workers else ""
+        sizes = [f"{size / 2**20:,.0f} MiB" for size in (self.cache_bytes, self.shard_bytes, self.batch_bytes)]
+        return (
+            f"{sizes[0]} decoded images (at most loader_cache_bytes) + {sizes[1]} shards and indexes "
+            f"({how[self.access]}, {self.shards_at_once} at once) + {sizes[2]} batches ahead{processes}"
+        )
+
+
+def plan_reading(config: DataConfig, manifest: Manifest, location: str, *, num_workers: int) -> ReadPlan:
+    """Chooses how to read, from the sizes in the manifest alone.
+
+    Raises:
+        UserError: The disk cache is too small for the shards that one worker reads at once.
+    """
+    batch = config.batch_size // num_workers
+    streams = max(1, config.num_streams // num_workers)
+    sizes = manifest.shard_sizes
+    # A stream's images of one step lie in one shard or cross into the next; in tiny shards, in many.
+    per_stream = 2 + (config.batch_size // config.num_streams - 1) // min(sizes)
+    at_once = min(len(sizes), streams * per_stream)
+    largest = max(shard.num_bytes for shard in manifest.shards)
+    remote = any(storage.is_remote(shard.name) for shard in manifest.shards) or storage.is_remote(location)
+    access: Access = "files"
+    if remote and not config.cache_dir:
+        access = "memory" if at_once * largest <= config.loader_cache_bytes else "ranges"
+    if config.cache_dir and config.cache_bytes < at_once * largest:
+        raise UserError(
+            f"--cache-bytes {config.cache_bytes}: a worker reads {at_once} shards of up to {largest} bytes at once; "
+            f"give at least {at_once * largest}, smaller shards, or fewer --num-streams"
+        )
+    needed = at_once * (max(sizes) * INDEX_BYTES_PER_IMAGE + (largest if access == "memory" else 0))
+    shard_bytes = max(needed, config.loader_cache_bytes if access == "memory" else config.loader_cache_bytes // 4)
+    all_shards = manifest.num_images * INDEX_BYTES_PER_IMAGE
+    all_shards += sum(shard.num_bytes for shard in manifest.shards) if access == "memory" else 0
+    images_on_the_way = batch * (1 + _AHEAD_STEPS_OF_IMAGES) * manifest.largest_image_bytes if access == "ranges" else 0
+    image_bytes = math.prod(manifest.image_shape)
+    return ReadPlan(
+        access=access,
+        shards_at_once=at_once,
+        cache_bytes=min(config.loader_cache_bytes, manifest.num_images * (image_bytes + _CACHE_OVERHEAD_BYTES)),
+        shard_bytes=min(shard_bytes, all_shards) + images_on_the_way,
+        # Prefetched, in the making and in use: float32 and the uint8 that it is made from.
+        batch_bytes=batch * image_bytes * (4 + 1) * (config.prefetch_batches + 2),
+        loader_workers=config.loader_workers,
+    )
 
 
 class BatchReader:
-    """Reads one worker's part of any step.
+    """Reads one worker's batch of any step, or one part of it where several processes share the work.
 
     Args:
         location: The data set's folder.
         manifest: Its manifest.
         order: The canonical order over the manifest's shards.
+        config: How to read.
         rank: This worker.
         num_workers: All workers; must divide ``order.num_streams``.
-        random_flip: Mirror images left to right with probability 1/2, drawn for (seed, step, stream).
-        cache_bytes: Budget for encoded shards, and once more the same budget for decoded images.
+        part: Which part of the batch this reader reads, and of how many.
 
     Raises:
-        UserError: ``num_workers`` does not divide the number of streams.
+        UserError: ``num_workers`` does not divide the number of streams; the disk cache cannot be used.
     """
 
     def __init__(
@@ -56,88 +180,140 @@ class BatchReader:
         location: str,
         manifest: Manifest,
         order: StreamOrder,
+        config: DataConfig,
         *,
         rank: int,
         num_workers: int,
-        random_flip: bool,
-        cache_bytes: int,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         """Reads nothing yet."""
         assert order.shard_sizes == manifest.shard_sizes, "the order was made for another data set"
         self.streams = streams_of_rank(order.num_streams, rank, num_workers)
-        self._manifest = manifest
-        # A copy with caches of its own: this one is used in the loader's thread.
+        self._manifest, self._config = manifest, config
+        # A copy with caches of its own: this one is used in another thread or process.
         self._order = replace(order)
-        self._random_flip = random_flip
-        self._shards = _ShardCache(location, manifest, cache_bytes)
-        self._images = _ImageCache(cache_bytes)
+        batch = len(self.streams) * order.images_per_stream
+        number, count = part
+        self._slots = slice(batch * number // count, batch * (number + 1) // count)
+        plan = plan_reading(config, manifest, location, num_workers=num_workers)
+        self._access = plan.access
+        self._store = ShardStore(
+            location,
+            manifest,
+            access=plan.access,
+            cache=DiskCache(config.cache_dir, config.cache_bytes) if config.cache_dir else None,
+            budget_bytes=plan.shard_bytes // count,
+            patience_seconds=config.storage_patience_seconds,
+        )
+        self._cache = _ImageCache(manifest.image_shape, manifest.num_images, plan.cache_bytes // count)
+        self._first_images = np.concatenate([[0], np.cumsum(manifest.shard_sizes)[:-1]])
+        self._look_again_at = 0
+        self._bad_in_epoch: tuple[int, int] = (-1, 0)
 
-    def read(self, step: int) -> Batch:
-        """The batch of one step.
+    def read(self, step: int) -> Part:
+        """This reader's part of the batch of one step.
 
         Raises:
-            WorldError: A shard is missing or damaged, or an image in it is not what the manifest says.
+            DataError: Something is missing or damaged, and that is not to be skipped.
+            WorldError: Storage refused or did not answer for too long; too much is damaged.
         """
-        positions = [each for stream in self.streams for each in self._order.stream_positions(step, stream)]
-        self._shards.needed = {shard for shard, _ in positions}
-        images = [self._image(position) for position in positions]
-        pixels = np.stack([image.pixels for image in images])
-        if self._random_flip:
+        shards, images = (places[self._slots] for places in self._order.locate(step, self.streams))
+        self._look_ahead(step, shards)
+        pixels = np.empty((len(shards), *self._manifest.image_shape), dtype=np.uint8)
+        labels = np.empty(len(shards), dtype=np.int64)
+        keys: list[str] = [""] * len(shards)
+        numbers = self._first_images[shards] + images
+        cached = self._cache.copy_to(numbers, pixels)
+        bad: dict[int, DataError] = {}
+        # Images of one shard lie together in a batch.
+        cuts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(shards)]
+        for start, stop in pairwise(cuts):
+            number = int(shards[start])
+            try:
+                shard = self._store.shard(number)
+            except DataError as fault:
+                bad |= dict.fromkeys(range(start, stop), fault)
+                continue
+            labels[start:stop] = shard.index.labels[images[start:stop]]
+            for slot, image in enumerate(images[start:stop].tolist(), start):
+                keys[slot] = shard.index.keys[image]
+                if cached[slot]:
+                    continue
+                try:
+                    self._decode(shard, image, self._store.read(shard, (number, image)), pixels[slot])
+                    self._cache.offer(int(numbers[slot]), pixels[slot])
+                except DataError as fault:
+                    bad[slot] = fault
+        for slot, reason in bad.items():
+            labels[slot], keys[slot] = self._substitute(step, slot, reason, pixels[slot])
+        if self._config.random_flip:
             mirrored = self._flips(step)
-            pixels[mirrored] = pixels[mirrored][..., ::-1]
-        labels = torch.tensor([image.label for image in images]) if self._manifest.class_names else None
-        keys = tuple(image.key for image in images)
-        return Batch(step, to_model_range(torch.from_numpy(pixels)), labels, keys, tuple(self.streams))
+            pixels[mirrored] = pixels[mirrored][:, :, ::-1]
+        lines = tuple(str(reason) for reason in bad.values())
+        return Part(torch.from_numpy(pixels), torch.from_numpy(labels), tuple(keys), lines)
+
+    def close(self) -> None:
+        """Ends the threads that read ahead."""
+        self._store.close()
+
+    def _look_ahead(self, step: int, shards: np.ndarray) -> None:
+        needed = dict.fromkeys(shards.tolist())
+        if step >= self._look_again_at or not self._store.has_all(needed):
+            ahead = (self._order.shards(later, self.streams)[self._slots] for later in range(step, step + AHEAD_STEPS))
+            self._store.expect(needed, dict.fromkeys(shard for later in ahead for shard in later.tolist()))
+            self._look_again_at = step + AHEAD_STEPS // 2
+        if self._access != "ranges":
+            return
+        for later in range(step, step + 1 + _AHEAD_STEPS_OF_IMAGES):
+            shards, images = (places[self._slots] for places in self._order.locate(later, self.streams))
+            held = self._cache.holds(self._first_images[shards] + images)
+            places = zip(shards.tolist(), images.tolist(), held, strict=True)
+            self._store.expect_images((shard, image) for shard, image, is_held in places if not is_held)
+
+    def _decode(self, shard: OpenShard, image: int, data: bytes, out: np.ndarray) -> None:
+        try:
+            decode_sample(data, out, self._manifest)
+            label, num_classes = int(shard.index.labels[image]), len(self._manifest.class_names)
+            if num_classes and not 0 <= label < num_classes:
+                raise ValueError(f"label {label} is not in 0..{num_classes - 1}")
+        except ValueError as error:
+            offset = int(shard.index.offsets[image])
+            raise DataError(shard.name, str(error), key=shard.index.keys[image], offset=offset) from error
+
+    def _substitute(self, step: int, slot: int, fault: DataError, out: np.ndarray) -> tuple[int, str]:
+        """Fills a place with another image of the data set; which one depends on seed, step and place alone.
+
+        Returns:
+            The label and the key of the image.
+        """
+        if self._config.on_bad_data == "stop":
+            raise fault
+        self._count_bad(step)
+        logger.warning("skipped: %s", fault)
+        stream, place = divmod(slot + self._slots.start, self._order.images_per_stream)
+        for attempt in range(_MAX_SUBSTITUTES):
+            number, image = self._order.substitute(step, self.streams[stream], place, attempt)
+            try:
+                shard = self._store.shard_aside(number)
+                self._decode(shard, image, shard.read(image), out)
+                return int(shard.index.labels[image]), shard.index.keys[image]
+            except DataError:
+                continue
+        raise WorldError(f"no readable image found in {_MAX_SUBSTITUTES} tries; the first fault: {fault}")
+
+    def _count_bad(self, step: int) -> None:
+        """Stops when this reader alone has met too many; the training loop counts those of all workers."""
+        epoch = step // self._order.batches_per_epoch
+        self._bad_in_epoch = (epoch, self._bad_in_epoch[1] + 1 if self._bad_in_epoch[0] == epoch else 1)
+        allowed = self._config.max_bad_fraction * self._order.images_per_epoch
+        if self._bad_in_epoch[1] > allowed:
+            raise TooMuchDamageError(self._bad_in_epoch[1], self._order.images_per_epoch, self._config.max_bad_fraction)
 
     def _flips(self, step: int) -> np.ndarray:
         # The top bit of raw words: fixed by the definition of Philox, whatever numpy does on top of it.
         count, seed = self._order.images_per_stream, self._order.seed
         words = [generator(seed, Purpose.FLIP, step, stream).bit_generator.random_raw(count) for stream in self.streams]
-        return np.asarray(np.concatenate(words) >> np.uint64(63), dtype=bool)
-
-    def _image(self, position: Position) -> "_Image":
-        image = self._images.get(position)
-        if image is None:
-            shard, index = position
-            sample = self._shards.get(shard)[index]
-            image = _decode(sample, self._manifest, self._manifest.shards[shard].name)
-            self._images.offer(position, image)
-        return image
-
-
-@dataclass(frozen=True, eq=False)
-class _Image:
-    key: str
-    pixels: np.ndarray
-    label: int
-
-
-class _ShardCache:
-    """Encoded shards, the least recently used dropped first. The shards of the present batch always stay.
-
-    They must: with a budget below one shard a stream, every step would read all of its shards again.
-    """
-
-    def __init__(self, location: str, manifest: Manifest, budget_bytes: int) -> None:
-        self.needed: set[int] = set()
-        self._location, self._manifest, self._budget_bytes = location, manifest, budget_bytes
-        self._held: dict[int, list[EncodedSample]] = {}  # in order of use
-
-    def get(self, shard: int) -> list[EncodedSample]:
-        samples = self._held.pop(shard, None)
-        if samples is None:
-            self._make_room(self._manifest.shards[shard].num_bytes)
-            samples = read_shard(self._location, self._manifest.shards[shard])
-        self._held[shard] = samples
-        return samples
-
-    def _make_room(self, num_bytes: int) -> None:
-        total = num_bytes + sum(self._manifest.shards[shard].num_bytes for shard in self._held)
-        for shard in [shard for shard in self._held if shard not in self.needed]:
-            if total <= self._budget_bytes:
-                return
-            del self._held[shard]
-            total -= self._manifest.shards[shard].num_bytes
+        return np.asarray(np.concatenate(words)[self._slots] >> np.uint64(63), dtype=bool)
 
 
 class _ImageCache:
@@ -147,43 +323,28 @@ class _ImageCache:
     come next, and a data set that does not fit still gets a hit for every image that is held.
     """
 
-    OVERHEAD_BYTES = 400  # the Python objects around the pixels, measured roughly; they outweigh an 8x8 image
+    def __init__(self, shape: tuple[int, int, int], num_images: int, budget_bytes: int) -> None:
+        capacity = min(num_images, budget_bytes // (math.prod(shape) + _CACHE_OVERHEAD_BYTES))
+        # The system gives memory to the array row by row, as it is written.
+        self._pixels = np.empty((capacity, *shape), dtype=np.uint8)
+        self._rows: dict[int, int] = {}
 
-    def __init__(self, budget_bytes: int) -> None:
-        self._free_bytes = budget_bytes
-        self._held: dict[Position, _Image] = {}
+    def copy_to(self, numbers: np.ndarray, out: np.ndarray) -> list[bool]:
+        """Copies the images that are held to their places; tells which."""
+        rows = self._rows_of(numbers)
+        held = rows >= 0
+        out[held] = self._pixels[rows[held]]
+        return [bool(each) for each in held]
 
-    def get(self, position: Position) -> _Image | None:
-        return self._held.get(position)
+    def holds(self, numbers: np.ndarray) -> list[bool]:
+        """Which images are held."""
+        return [row >= 0 for row in self._rows_of(numbers).tolist()]
 
-    def offer(self, position: Position, image: _Image) -> None:
-        num_bytes = image.pixels.nbytes + self.OVERHEAD_BYTES
-        if num_bytes <= self._free_bytes:
-            self._free_bytes -= num_bytes
-            self._held[position] = image
+    def _rows_of(self, numbers: np.ndarray) -> np.ndarray:
+        return np.array([self._rows.get(number, -1) for number in numbers.tolist()], dtype=np.int64)
 
-
-def _decode(sample: EncodedSample, manifest: Manifest, shard: str) -> _Image:
-    try:
-        stored = _png_shape(sample.image)
-        pixels = decode_image(sample.image, manifest.image_channels)
-    except ValueError as error:
-        raise WorldError(f"shard {shard}, image {sample.key}: {error}; prepare the data again") from error
-    expected = (manifest.image_channels, manifest.image_size, manifest.image_size)
-    if stored != expected:
-        raise WorldError(f"shard {shard}, image {sample.key}: expected [C, H, W] = {expected}, found {stored}")
-    if manifest.class_names and (sample.label is None or not 0 <= sample.label < len(manifest.class_names)):
-        allowed = f"0..{len(manifest.class_names) - 1}"
-        raise WorldError(f"shard {shard}, image {sample.key}: label {sample.label} is not in {allowed}")
-    return _Image(sample.key, pixels, -1 if sample.label is None else sample.label)
-
-
-def _png_shape(data: bytes) -> tuple[int, int, int]:
-    """[C, H, W] as stored. From the header, since decoding converts to the channels asked for without a word."""
-    if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 26:
-        raise ValueError("not a PNG image")
-    width, height, depth, colour_type = struct.unpack(">IIBB", data[16:26])
-    if depth != 8:
-        raise ValueError(f"{depth} bits a channel instead of 8")
-    channels = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}.get(colour_type, 0)
-    return channels, height, width
+    def offer(self, number: int, pixels: np.ndarray) -> None:
+        row = len(self._rows)
+        if row < len(self._pixels) and number not in self._rows:
+            self._pixels[row] = pixels
+            self._rows[number] = row

@@ -1,47 +1,54 @@
-"""Batches ahead of time: a background thread prepares the next ones while the model trains on the present one."""
+"""Batches ahead of time: made by a background thread, or by processes, while the model trains on the present one."""
 
+import multiprocessing
 import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from functools import partial
 from types import TracebackType
+from typing import Any, Generic, TypeVar
 
-from pipeline.data.batches import Batch, BatchReader
-from pipeline.data.order import StreamOrder
-from pipeline.data.shards import Manifest
+import torch
+from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["DEFAULT_CACHE_BYTES", "Batch", "Loader"]
+from pipeline.config import DataConfig
+from pipeline.data.batches import Batch, BatchReader, Part, join
+from pipeline.data.manifest import Manifest
+from pipeline.data.order import StreamOrder, streams_of_rank
+from pipeline.errors import WorldError, first_line
 
-DEFAULT_CACHE_BYTES = 256 * 2**20
+__all__ = ["Batch", "Loader"]
+
+T = TypeVar("T")
 _JOIN_SECONDS = 1.0
+_PARTS_AHEAD = 3
 
 
-class Loader(Iterator[Batch]):
+class Loader(Iterator[T], Generic[T]):
     """One worker's batches of the steps ``start_step .. end_step - 1``, in order.
 
     Every rank gives the same number of batches, whatever the sizes of the shards. There is no state to save: a new
-    loader with another ``start_step`` goes on where this one stopped, with any number of workers.
-
-    Memory: encoded shards up to ``cache_bytes`` (but always those that the present batch reads, about one a stream of
-    this worker), decoded uint8 images up to ``cache_bytes`` again, and ``prefetch`` batches.
+    loader with another ``start_step`` goes on where this one stopped, with any number of workers or loader processes.
+    ``batches.plan_reading`` states the memory that it takes.
 
     Args:
         location: The data set's folder, local or ``s3://``.
         manifest: Its manifest.
         order: The canonical order over the manifest's shards.
+        config: How to read; its ``batch_size`` and ``num_streams`` are the order's.
         rank: This worker, in [0, num_workers).
         num_workers: Workers that train; must divide ``order.num_streams``.
-        random_flip: Mirror images left to right with probability 1/2. The draws belong to (seed, step, stream): they do
-            not depend on the number of workers.
         start_step: First step, from 0.
         end_step: One past the last step.
-        cache_bytes: Budget of each of the two caches, in bytes.
-        prefetch: Batches prepared ahead, at least 1.
+        finish: What else is to be done with each batch ahead of time, in the background thread.
 
     Raises:
-        UserError: ``num_workers`` does not divide the number of streams.
-        WorldError: (while iterating) a shard is missing or damaged, or an image is not what the manifest says.
+        UserError: ``num_workers`` does not divide the number of streams; the disk cache cannot be used.
+        DataError: (while iterating) something is missing or damaged, and that is not to be skipped.
+        WorldError: (while iterating) storage refused or did not answer for too long; a loader process died.
     """
 
     def __init__(
@@ -49,29 +56,27 @@ class Loader(Iterator[Batch]):
         location: str,
         manifest: Manifest,
         order: StreamOrder,
+        config: DataConfig,
         *,
         rank: int,
         num_workers: int,
-        random_flip: bool,
         start_step: int,
         end_step: int,
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
-        prefetch: int = 2,
+        finish: Callable[[Batch], T],
     ) -> None:
         """Starts to prepare the first batches at once."""
         assert start_step >= 0, f"start_step {start_step}"
-        assert prefetch >= 1, f"prefetch {prefetch}"
-        reader = BatchReader(
-            location,
-            manifest,
-            order,
-            rank=rank,
-            num_workers=num_workers,
-            random_flip=random_flip,
-            cache_bytes=cache_bytes,
-        )
+        assert (config.batch_size, config.num_streams) == (order.batch_size, order.num_streams)
+        streams = streams_of_rank(order.num_streams, rank, num_workers)
+        steps = range(start_step, end_step)
+        batch_size = len(streams) * order.images_per_stream
+        count = min(config.loader_workers, batch_size)
+        reader = partial(BatchReader, location, manifest, order, config, rank=rank, num_workers=num_workers)
+        parts = _in_processes(reader, count, steps) if count else _in_this_thread(reader, steps)
+        labelled = bool(manifest.class_names)
+        batches = (finish(join(step, streams, each, labelled)) for step, each in parts)
         self._wait_seconds = 0.0
-        self._ahead = _Ahead(reader, range(start_step, end_step), prefetch)
+        self._ahead: _Ahead[T] = _Ahead(batches, config.prefetch_batches)
         # Unlike __del__ it also runs at the exit of the interpreter, before torch is torn down under the thread.
         self._stop = weakref.finalize(self, self._ahead.stop)
 
@@ -80,30 +85,28 @@ class Loader(Iterator[Batch]):
         """Time that ``next`` has waited for data so far, summed; near 0 when the data keeps up with the model."""
         return self._wait_seconds
 
-    def __iter__(self) -> "Loader":
+    def __iter__(self) -> "Loader[T]":
         """Itself: a loader is read once."""
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> T:
         """The next step's batch; ends after ``end_step - 1`` and after ``close``."""
         if not self._stop.alive:
             raise StopIteration
         started = time.monotonic()
-        item = self._ahead.take()
-        self._wait_seconds += time.monotonic() - started
-        if isinstance(item, Batch):
-            return item
-        self.close()
-        if item is None:
-            raise StopIteration
-        # The error object itself, so that its traceback shows where in the thread it was raised.
-        raise item
+        try:
+            return self._ahead.take()
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._wait_seconds += time.monotonic() - started
 
     def close(self) -> None:
-        """Ends the background thread. May be called twice; a loader that is dropped or left at exit closes itself."""
+        """Ends the background work. May be called twice; a loader that is dropped or left at exit closes itself."""
         self._stop()
 
-    def __enter__(self) -> "Loader":
+    def __enter__(self) -> "Loader[T]":
         """Itself."""
         return self
 
@@ -114,45 +117,131 @@ class Loader(Iterator[Batch]):
         self.close()
 
 
-class _Ahead:
+def _in_this_thread(open_reader: Callable[[], BatchReader], steps: range) -> Iterator[tuple[int, list[Part]]]:
+    with closing(open_reader()) as reader:
+        for step in steps:
+            yield step, [reader.read(step)]
+
+
+def _in_processes(
+    open_reader: Callable[..., BatchReader], count: int, steps: range
+) -> Iterator[tuple[int, list[Part]]]:
+    """Process n of N reads part n of every batch, so that a shard is opened and an image is kept in one of them."""
+    # Clean processes: a fork would copy the locks of whatever threads the worker has at this moment.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.data.batches"])
+    loader: DataLoader[Any] = DataLoader(
+        _Parts(open_reader, count),
+        batch_size=None,
+        sampler=_StepsAndParts(steps, count),
+        collate_fn=_as_it_is,
+        num_workers=count,
+        prefetch_factor=_PARTS_AHEAD,
+        multiprocessing_context=context,
+        worker_init_fn=_settle,
+    )
+    try:
+        results = iter(loader)
+        for step in steps:
+            parts = [next(results) for _ in range(count)]
+            for part in parts:
+                if isinstance(part, BaseException):
+                    raise part
+            yield step, parts
+    except RuntimeError as error:
+        if isinstance(error, WorldError):
+            raise
+        raise WorldError(
+            f"a loader process died ({first_line(error)}); if memory ran out, give fewer --loader-workers or a smaller "
+            "--loader-cache-bytes"
+        ) from error
+
+
+class _StepsAndParts:
+    """The order of the work: part 0 of the first step, part 1 of it, and so on."""
+
+    def __init__(self, steps: range, count: int) -> None:
+        self._steps, self._count = steps, count
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((step, number) for step in self._steps for number in range(self._count))
+
+    def __len__(self) -> int:
+        return len(self._steps) * self._count
+
+
+class _Parts(Dataset[Any]):
+    """What the loader processes run. DataLoader gives work i to process i mod N, which keeps the caches apart."""
+
+    def __init__(self, open_reader: Callable[..., BatchReader], count: int) -> None:
+        self._open_reader, self._count = open_reader, count
+        self._readers: dict[int, BatchReader] = {}
+
+    def __getitem__(self, where: tuple[int, int]) -> Part | BaseException:
+        step, number = where
+        try:
+            if number not in self._readers:
+                self._readers[number] = self._open_reader(part=(number, self._count))
+            return self._readers[number].read(step)
+        except Exception as error:  # as it is: DataLoader would bury our one line in a traceback of another process
+            return error
+
+
+def _as_it_is(part: Any) -> Any:
+    return part
+
+
+def _settle(_worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+class _Ahead(Generic[T]):
     """The thread and its queue. The thread must not know the ``Loader``, or a dropped loader could never be freed."""
 
-    def __init__(self, reader: BatchReader, steps: range, prefetch: int) -> None:
-        self._done: queue.SimpleQueue[Batch | BaseException | None] = queue.SimpleQueue()
+    def __init__(self, batches: Iterable[T], prefetch: int) -> None:
+        self._done: queue.SimpleQueue[_Item[T]] = queue.SimpleQueue()
         self._slots = threading.Semaphore(prefetch)
         self._stop = threading.Event()
-        arguments = (reader, steps, self._done, self._slots, self._stop)
+        arguments = (iter(batches), self._done, self._slots, self._stop)
         self._thread = threading.Thread(target=_prepare_ahead, args=arguments, name="data-loader", daemon=True)
         self._thread.start()
 
-    def take(self) -> Batch | BaseException | None:
-        """The next batch, None at the end, or the error that ended the thread."""
+    def take(self) -> T:
+        """The next batch, StopIteration at the end, or the error that ended the thread."""
         item = self._done.get()
         self._slots.release()
-        return item
+        # The error object itself, so that its traceback shows where in the thread it was raised.
+        if isinstance(item, BaseException):
+            raise item
+        return item[0]
 
     def stop(self) -> None:
         self._stop.set()
         self._slots.release()
-        self._done.put(None)  # a consumer that waits in another thread must not wait for ever
+        self._done.put(StopIteration())  # a consumer that waits in another thread must not wait for ever
         # A read from slow storage cannot be interrupted: do not wait for it, the daemon thread ends right after it.
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=_JOIN_SECONDS)
 
 
+_Item = tuple[T] | BaseException
+
+
 def _prepare_ahead(
-    reader: BatchReader,
-    steps: range,
-    done: "queue.SimpleQueue[Batch | BaseException | None]",
+    batches: Iterator[T],
+    done: "queue.SimpleQueue[_Item[T]]",
     slots: threading.Semaphore,
     stop: threading.Event,
 ) -> None:
     try:
-        for step in steps:
+        while True:
             slots.acquire()
             if stop.is_set():
                 return
-            done.put(reader.read(step))
-        done.put(None)
-    except BaseException as error:  # whatever it is, the consumer waits for an answer
+            done.put((next(batches),))
+    except BaseException as error:  # whatever it is, also the end: the consumer waits for an answer
         done.put(error)
+    finally:
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()

@@ -7,10 +7,12 @@ batches. A position is computed from the step, never advanced to: resume costs t
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
-from pipeline.draws import Purpose, permutation
+from pipeline.draws import Purpose, generator, permutation
 from pipeline.errors import UserError
 
 __all__ = ["Position", "StreamOrder", "streams_of_rank"]
@@ -79,7 +81,7 @@ class StreamOrder:
                 "give a smaller batch size or more images"
             )
 
-    @property
+    @cached_property
     def num_images(self) -> int:
         """N, images in the data set."""
         return sum(self.shard_sizes)
@@ -104,26 +106,55 @@ class StreamOrder:
         """B / S, images that a stream gives to a global batch."""
         return self.batch_size // self.num_streams
 
-    def stream_positions(self, step: int, stream: int) -> list[Position]:
-        """The images of one stream in the global batch of one step.
+    def locate(self, step: int, streams: range) -> tuple[np.ndarray, np.ndarray]:
+        """The images of some streams in the global batch of one step.
 
         Args:
             step: Global step, from 0; its epoch is ``step // batches_per_epoch``.
-            stream: In [0, num_streams).
+            streams: Streams, each in [0, num_streams).
 
         Returns:
-            ``images_per_stream`` pairs (shard, index).
+            Shards and indices in them, each int64 [len(streams) * images_per_stream], ordered by stream.
         """
-        assert step >= 0, f"step {step}"
-        assert 0 <= stream < self.num_streams, f"stream {stream} of {self.num_streams}"
-        epoch, batch = divmod(step, self.batches_per_epoch)
-        images_per_range = self.images_per_epoch // self.num_streams
-        start = stream * images_per_range + batch * self.images_per_stream
-        return self._epoch(epoch).locate(np.arange(start, start + self.images_per_stream))
+        epoch, positions = self._positions(step, streams)
+        return self._epoch(epoch).locate(positions)
+
+    def shards(self, step: int, streams: range) -> np.ndarray:
+        """The shards that ``locate`` gives, without working out which images."""
+        epoch, positions = self._positions(step, streams)
+        return self._epoch(epoch).shards(positions)
 
     def global_batch(self, step: int) -> list[Position]:
         """All ``batch_size`` images of one step, streams in order."""
-        return [each for stream in range(self.num_streams) for each in self.stream_positions(step, stream)]
+        shards, indices = self.locate(step, range(self.num_streams))
+        return list(zip(shards.tolist(), indices.tolist(), strict=True))
+
+    def substitute(self, step: int, stream: int, slot: int, attempt: int) -> Position:
+        """An image to take in place of one that cannot be read: any of the data set, drawn for this place alone.
+
+        Args:
+            step: Global step.
+            stream: The stream whose image is damaged.
+            slot: Which of the stream's images of this step, from 0.
+            attempt: From 0; counts substitutes for this place that were damaged as well.
+        """
+        words = generator(self.seed, Purpose.SUBSTITUTE, step, stream, slot).bit_generator.random_raw(attempt + 1)
+        number = int(words[-1] % np.uint64(self.num_images))
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        return shard, number - (int(self._ends[shard - 1]) if shard else 0)
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(np.asarray(self.shard_sizes, dtype=np.int64))
+
+    def _positions(self, step: int, streams: range) -> tuple[int, np.ndarray]:
+        """The epoch, and positions in its sequence."""
+        assert step >= 0, f"step {step}"
+        assert 0 <= streams.start < streams.stop <= self.num_streams, f"{streams} of {self.num_streams} streams"
+        epoch, batch = divmod(step, self.batches_per_epoch)
+        images_per_range = self.images_per_epoch // self.num_streams
+        starts = np.arange(streams.start, streams.stop) * images_per_range + batch * self.images_per_stream
+        return epoch, (starts[:, None] + np.arange(self.images_per_stream)).ravel()
 
     def _epoch(self, epoch: int) -> "_Epoch":
         found = self._epochs.get(epoch)
@@ -145,13 +176,22 @@ class _Epoch:
         self._ends = np.cumsum(np.asarray(shard_sizes, dtype=np.int64)[self._shard_order])
         self._image_orders: dict[int, np.ndarray] = {}
 
-    def locate(self, positions: np.ndarray) -> list[Position]:
-        """Positions in the epoch's sequence, int64 [n], as (shard, index)."""
+    def shards(self, positions: np.ndarray) -> np.ndarray:
+        """The shards of positions in the epoch's sequence, int64 [n]."""
+        return self._shard_order[np.searchsorted(self._ends, positions, side="right")]
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions in the epoch's sequence, int64 [n], as shards and indices in them, each int64 [n]."""
         places = np.searchsorted(self._ends, positions, side="right")
-        shards = [int(shard) for shard in self._shard_order[places]]
+        shards = self._shard_order[places]
         # Offset from the shard's end: a negative index into its permutation, and no second table of starts.
         from_end = positions - self._ends[places]
-        return [(shard, int(self._image_order(shard)[offset])) for shard, offset in zip(shards, from_end, strict=True)]
+        indices = np.empty_like(positions)
+        # Positions ascend, so the images of a shard lie together.
+        cuts = [0, *(np.flatnonzero(np.diff(places)) + 1).tolist(), len(places)]
+        for start, stop in pairwise(cuts):
+            indices[start:stop] = self._image_order(int(shards[start]))[from_end[start:stop]]
+        return shards, indices
 
     def _image_order(self, shard: int) -> np.ndarray:
         found = self._image_orders.get(shard)

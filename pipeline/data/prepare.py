@@ -1,47 +1,53 @@
-"""Prepare: images of a source become shards, and last the manifest that makes them a data set.
+"""Prepare: images of a source become shards with their indexes, and last the manifest that makes them a data set.
 
-The work continues after a kill. ``source.json`` is written first and says what the folder is made from; every shard
-appears whole or not at all, so a shard that is there is finished; ``manifest.json`` is written last.
+The work continues after a kill. ``source.json`` is written first and says what the folder is made from; every file
+appears whole or not at all; a shard's index is written after the shard, so a shard that has an index is finished;
+``manifest.json`` is written last.
 """
 
+import io
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+import numpy as np
 
 from pipeline import storage
-from pipeline.data.shards import (
+from pipeline.config import PrepareConfig
+from pipeline.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     Manifest,
-    ShardInfo,
-    encode_shard,
+    ShardIndex,
+    index_name,
     load_manifest,
-    parse_shard,
+    shard_location,
     shard_name,
 )
-from pipeline.data.sources import Source, open_source, sample_key
+from pipeline.data.shards import encode_shard, index_shard
+from pipeline.data.sources import Source
+from pipeline.data.tasks import run_tasks
 from pipeline.errors import UserError, WorldError
+from pipeline.images import encode_image
 
-if TYPE_CHECKING:
-    from ray import ObjectRef
-
-__all__ = ["SOURCE_RECORD_NAME", "PrepareResult", "prepare"]
+__all__ = ["SOURCE_RECORD_NAME", "Finished", "PrepareResult", "claim", "finished_shard", "prepare", "write_manifest"]
 
 SOURCE_RECORD_NAME = "source.json"
+_SAMPLE_IMAGES = 256
+_TAR_BYTES = 2048  # headers and padding of an image and its label
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareResult:
-    """What a call of ``prepare`` did.
+    """What a call did.
 
     Attributes:
         location: The data set's folder.
         manifest: The manifest that lies there now.
-        num_written: Shards written by this call; 0 when the data set was already whole.
+        num_written: Shards written (or indexed) by this call; 0 when the data set was already whole.
         num_skipped: Shards that an earlier call had finished.
         seconds: Duration of the call.
     """
@@ -53,42 +59,60 @@ class PrepareResult:
     seconds: float
 
 
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A shard that lies in its place with its index, and whether this call made it."""
+
+    number: int
+    name: str
+    index: ShardIndex
+    written: bool
+
+
+Progress = Callable[[int, int], None]
+
+
 def prepare(
-    source_spec: str,
+    source: Source,
+    config: PrepareConfig,
     destination: str,
     *,
-    image_size: int | None = None,
-    image_channels: int | None = None,
-    images_per_shard: int = 1000,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
     use_ray: bool = False,
 ) -> PrepareResult:
     """Makes a data set, or finishes one that an earlier call with the same arguments began.
 
     Args:
-        source_spec: What ``open_source`` takes.
+        source: The images.
+        config: How they are stored.
         destination: The data set's folder: an absolute path or an ``s3://`` URI. With Ray on several nodes, one that
             all nodes share.
-        image_size: Side of the images, in pixels; None keeps a source's native size.
-        image_channels: 1 (grey) or 3 (RGB); None takes the source's default.
-        images_per_shard: Images in every shard but the last.
         on_progress: Called after each shard with (images done, images in all).
         use_ray: Encode in Ray tasks (Ray must be initialised) instead of in this process.
 
     Raises:
-        UserError: The source cannot be opened, a file is no image, or the destination holds another data set.
+        UserError: A file is no image, or the destination holds another data set.
         WorldError: Storage failed, or the nodes do not share the folder.
     """
     started = time.monotonic()
-    if images_per_shard < 1:
-        raise UserError(f"--images-per-shard {images_per_shard}: give at least 1")
-    source = open_source(source_spec, image_size=image_size, image_channels=image_channels)
-    fingerprint = _fingerprint(source, images_per_shard)
-    manifest, num_written = _claim(destination, source, fingerprint), 0
+    if not len(source):
+        raise UserError(f"{source.name} holds no images; give a source with images")
+    fingerprint = _fingerprint(source, config)
+    manifest = claim(destination, source.name, fingerprint)
+    num_written = 0
     if manifest is None:
-        finished = _finish_all(source, _plan(source, destination, images_per_shard), on_progress, use_ray)
+        finished = _make_all(source, config, destination, on_progress, use_ray)
         num_written = sum(shard.written for shard in finished)
-        manifest = _write_manifest(destination, source, fingerprint, tuple(shard.info for shard in finished))
+        manifest = write_manifest(
+            destination,
+            finished,
+            source=source.name,
+            source_fingerprint=fingerprint,
+            image_size=source.image_size,
+            image_channels=source.image_channels,
+            class_names=source.class_names,
+            image_format=config.image_format,
+        )
     return PrepareResult(
         location=destination,
         manifest=manifest,
@@ -98,38 +122,12 @@ def prepare(
     )
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One shard to make: images ``start .. stop - 1`` of the source."""
+def claim(destination: str, source: str, fingerprint: str) -> Manifest | None:
+    """The finished data set if it is ours; else None, after marking the folder as ours. Never mixes two data sets.
 
-    destination: str
-    name: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class _Finished:
-    """A shard that lies in the destination, and whether this call wrote it."""
-
-    info: ShardInfo
-    written: bool
-
-
-def _fingerprint(source: Source, images_per_shard: int) -> str:
-    identity = {
-        "format_version": FORMAT_VERSION,
-        "source": source.name,
-        "inventory": source.inventory(),
-        "image_size": source.image_size,
-        "image_channels": source.image_channels,
-        "images_per_shard": images_per_shard,
-    }
-    return storage.sha256_hex(json.dumps(identity, sort_keys=True).encode())
-
-
-def _claim(destination: str, source: Source, fingerprint: str) -> Manifest | None:
-    """The finished data set if it is ours; else None, after marking the folder as ours. Never mixes two data sets."""
+    Raises:
+        UserError: The folder holds another data set, the beginning of one, or shards of unknown origin.
+    """
     other = "choose another --data or delete it"
     if storage.exists(storage.join(destination, MANIFEST_NAME)):
         manifest = load_manifest(destination)
@@ -146,9 +144,64 @@ def _claim(destination: str, source: Source, fingerprint: str) -> Manifest | Non
         return None
     if any(file.endswith(".tar") for file in storage.list_files(destination)):
         raise UserError(f"{destination} holds shards of unknown origin (no {SOURCE_RECORD_NAME}); {other}")
-    record = {"source": source.name, "source_fingerprint": fingerprint}
+    record = {"source": source, "source_fingerprint": fingerprint}
     storage.write_bytes(path, (json.dumps(record, indent=2) + "\n").encode())
     return None
+
+
+def finished_shard(destination: str, number: int, name: str) -> ShardIndex | None:
+    """The index of a shard that an earlier call has finished; None if there is no whole index or no such shard."""
+    try:
+        index = ShardIndex.from_json(storage.read_bytes(storage.join(destination, index_name(number))))
+        found = storage.num_bytes(shard_location(destination, name))
+    except (FileNotFoundError, ValueError):
+        return None
+    return index if found == index.num_bytes else None
+
+
+def write_manifest(destination: str, finished: Sequence[Finished], **facts: Any) -> Manifest:
+    """Makes the shards a data set.
+
+    Args:
+        destination: The data set's folder.
+        finished: Its shards, in any order; those without images are left out.
+        facts: The manifest's other fields.
+
+    Raises:
+        WorldError: A shard that another node wrote is not to be seen here.
+    """
+    shards = sorted((shard for shard in finished if shard.index.keys), key=lambda shard: shard.number)
+    for shard in shards:
+        path = shard_location(destination, shard.name)
+        if not storage.is_remote(path) and not Path(path).is_file():
+            where = f"{shard.name} was written on another node and is not in {destination} here"
+            raise WorldError(f"{where}; give an s3:// URI or a folder that all nodes share")
+    heads = np.concatenate([shard.index.sha256_heads for shard in shards])
+    manifest = Manifest(
+        largest_image_bytes=max(int(shard.index.sizes.max()) for shard in shards),
+        num_duplicates=len(heads) - len(np.unique(heads)),
+        num_images=len(heads),
+        shards=tuple(shard.index.describe(shard.name, index_name(shard.number)) for shard in shards),
+        **facts,
+    )
+    storage.write_bytes(storage.join(destination, MANIFEST_NAME), manifest.to_json().encode())
+    return manifest
+
+
+def _fingerprint(source: Source, config: PrepareConfig) -> str:
+    identity = {
+        "format_version": FORMAT_VERSION,
+        "source": source.name,
+        "inventory": source.inventory(),
+        "image_size": source.image_size,
+        "image_channels": source.image_channels,
+        "crop": config.crop,
+        "image_format": config.image_format,
+        "image_quality": None if config.image_format == "png" else config.image_quality,
+        "images_per_shard": config.shard_bytes is None and config.images_per_shard,
+        "shard_bytes": config.shard_bytes,
+    }
+    return storage.sha256_hex(json.dumps(identity, sort_keys=True).encode())
 
 
 def _read_record(path: str) -> dict[str, str]:
@@ -158,101 +211,54 @@ def _read_record(path: str) -> dict[str, str]:
         return {}
 
 
-def _plan(source: Source, destination: str, images_per_shard: int) -> list[_Job]:
-    starts = range(0, len(source), images_per_shard)
-    return [
-        _Job(destination, shard_name(number), start, min(start + images_per_shard, len(source)))
-        for number, start in enumerate(starts)
-    ]
-
-
-def _finish_all(
-    source: Source, jobs: list[_Job], on_progress: Callable[[int, int], None] | None, use_ray: bool
-) -> list[_Finished]:
+def _make_all(
+    source: Source, config: PrepareConfig, destination: str, on_progress: Progress | None, use_ray: bool
+) -> list[Finished]:
+    per_shard = _images_per_shard(source, config)
     finished, num_done = [], 0
-    for shard in _finish_with_ray(source, jobs) if use_ray else (_finish_shard(source, job) for job in jobs):
+    pieces = _pieces(source, destination, per_shard)
+    for shard in run_tasks(_make_shard, (source, config, destination), pieces, use_ray=use_ray):
         finished.append(shard)
-        num_done += shard.info.num_images
+        num_done += len(shard.index.keys)
         if on_progress is not None:
             on_progress(num_done, len(source))
-    # Tasks end in any order; the manifest has the order of the source.
-    return sorted(finished, key=lambda shard: shard.info.name)
+    return finished
 
 
-def _finish_shard(source: Source, job: _Job) -> _Finished:
-    """Writes one shard, unless it is there. Runs in this process or as a Ray task."""
-    info = _find_finished(job)
-    if info is not None:
-        return _Finished(info, written=False)
-    data = encode_shard(source.load(index) for index in range(job.start, job.stop))
-    storage.write_bytes(storage.join(job.destination, job.name), data)
-    return _Finished(ShardInfo.of(job.name, data, job.stop - job.start), written=True)
+def _images_per_shard(source: Source, config: PrepareConfig) -> int:
+    """From ``--shard-bytes`` and a sample that is the same at every call, so that a killed preparation continues."""
+    if config.shard_bytes is None:
+        return config.images_per_shard
+    step = 1 if source.reads_in_driver else max(1, len(source) // _SAMPLE_IMAGES)
+    sizes = []
+    for index in range(0, len(source), step)[:_SAMPLE_IMAGES]:
+        for sample in source.samples(index, source.read(index, index + 1)):
+            sizes.append(len(encode_image(sample.pixels, config.image_format, config.image_quality)) + _TAR_BYTES)
+    return max(1, int(config.shard_bytes * len(sizes) / sum(sizes)))
 
 
-def _find_finished(job: _Job) -> ShardInfo | None:
-    """Describes the shard that is there; None if there is none or it does not hold exactly the job's images.
-
-    The shard is its own record: reading it is much cheaper than making it, and no second file can disagree with it.
-    """
-    try:
-        data = storage.read_bytes(storage.join(job.destination, job.name))
-    except FileNotFoundError:
-        return None
-    try:
-        keys = [sample.key for sample in parse_shard(job.name, data)]
-    except WorldError:
-        return None
-    expected = [sample_key(index) for index in range(job.start, job.stop)]
-    return ShardInfo.of(job.name, data, len(keys)) if keys == expected else None
+def _pieces(source: Source, destination: str, per_shard: int) -> Iterator[tuple[int, int, int, list[Any] | None]]:
+    """(number, first image, one past the last, items read here or None), for shards that may still have to be made."""
+    for number, start in enumerate(range(0, len(source), per_shard)):
+        stop = min(start + per_shard, len(source))
+        items = None
+        if source.reads_in_driver and finished_shard(destination, number, shard_name(number)) is None:
+            items = source.read(start, stop)
+        yield number, start, stop, items
 
 
-def _finish_with_ray(source: Source, jobs: list[_Job]) -> Iterator[_Finished]:
-    import ray
-
-    task = ray.remote(_finish_shard)
-    # Once into the object store: a folder of a million files is a large list to send with every task.
-    source_reference = ray.put(source)
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    # Enough to keep every core busy, few enough that a failure is seen before thousands of tasks are queued.
-    num_in_flight = 2 * max(1, int(resources.get("CPU", 1)))
-    waiting = iter(jobs)
-    running = [task.remote(source_reference, job) for job in islice(waiting, num_in_flight)]
-    try:
-        while running:
-            (ready, *_), running = ray.wait(running, num_returns=1)
-            yield _result(ready)
-            running += [task.remote(source_reference, job) for job in islice(waiting, 1)]
-    finally:
-        for reference in running:
-            ray.cancel(reference)
-
-
-def _result(reference: "ObjectRef[_Finished]") -> _Finished:
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        # Our own errors are one line that says what to do; Ray's wrapping would bury it in a remote traceback.
-        if isinstance(error.cause, UserError | WorldError):
-            raise error.cause from None
-        raise
-
-
-def _write_manifest(destination: str, source: Source, fingerprint: str, shards: tuple[ShardInfo, ...]) -> Manifest:
-    if not storage.is_remote(destination):
-        missing = [shard.name for shard in shards if not (Path(destination) / shard.name).is_file()]
-        if missing:
-            where = f"{missing[0]} was written on another node and is not in {destination} here"
-            raise WorldError(f"{where}; give an s3:// URI or a folder that all nodes share")
-    manifest = Manifest(
-        source=source.name,
-        source_fingerprint=fingerprint,
-        image_size=source.image_size,
-        image_channels=source.image_channels,
-        class_names=source.class_names,
-        num_images=len(source),
-        shards=shards,
-    )
-    storage.write_bytes(storage.join(destination, MANIFEST_NAME), manifest.to_json().encode())
-    return manifest
+def _make_shard(
+    shared: tuple[Source, PrepareConfig, str], number: int, start: int, stop: int, items: list[Any] | None
+) -> Finished:
+    """Writes one shard and its index, unless they are there. Runs in this process or as a Ray task."""
+    source, config, destination = shared
+    name = shard_name(number)
+    found = finished_shard(destination, number, name)
+    if found is not None and len(found.keys) == stop - start:
+        return Finished(number, name, found, written=False)
+    samples = source.samples(start, source.read(start, stop) if items is None else items)
+    data = encode_shard(samples, config.image_format, config.image_quality)
+    index = index_shard(name, io.BytesIO(data))
+    storage.write_bytes(storage.join(destination, name), data)
+    storage.write_bytes(storage.join(destination, index_name(number)), index.to_json())
+    return Finished(number, name, index, written=True)

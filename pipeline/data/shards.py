@@ -1,223 +1,241 @@
-"""Shards: WebDataset tar files of images, and the manifest that makes a folder of them a data set.
+"""Shards: WebDataset tar files of images. Writing them, indexing them, reading one whole.
 
-A data set is a folder with ``shard-000000.tar``, ``shard-000001.tar``, ... and ``manifest.json``. The manifest is
-written last: its presence means that the data set is whole. Stock WebDataset reads the shards; nothing in them is ever
-unpickled.
+Stock WebDataset reads our shards and we read shards that others wrote. Nothing in a shard is ever unpickled, and the
+names of its members are never used as paths.
 """
 
+import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
 
+import numpy as np
+import torch
 import webdataset
+from PIL import Image
+from torch import Tensor
 
 from pipeline import storage
-from pipeline.data.sources import Sample
+from pipeline.data.faults import DataError
+from pipeline.data.manifest import Manifest, ShardIndex, shard_location
+from pipeline.data.sources import Sample, fit_image
 from pipeline.errors import UserError, WorldError
-from pipeline.images import encode_png
+from pipeline.images import decode_into, encode_image
 
-__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "EncodedSample", "Manifest", "ShardInfo"]
-__all__ += ["encode_shard", "load_manifest", "parse_shard", "read_shard", "shard_name"]
+__all__ = ["decode_sample", "encode_shard", "index_shard", "read_images", "read_index", "sha256_head"]
 
-FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
-IMAGE_FORMAT = "png"
+_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+_CHUNK_BYTES = 8 * 2**20
 
 
-@dataclass(frozen=True)
-class EncodedSample:
-    """One image as it lies in a shard: its key, the bytes of the image file, the label or None."""
-
-    key: str
-    image: bytes
-    label: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardInfo:
-    """What the manifest knows of a shard; ``read_shard`` holds the shard against it."""
-
-    name: str
-    num_images: int
-    num_bytes: int
-    sha256: str
-
-    @classmethod
-    def of(cls, name: str, data: bytes, num_images: int) -> "ShardInfo":
-        """Describes a shard's bytes."""
-        return cls(name=name, num_images=num_images, num_bytes=len(data), sha256=storage.sha256_hex(data))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """A whole data set.
-
-    Attributes:
-        format_version: Layout of the folder and of this record.
-        source: The source in words, for a reader.
-        source_fingerprint: Identity of the source and of the options; prepare recognises its own work by it.
-        image_size: Height and width of every image, in pixels.
-        image_channels: 1 (grey) or 3 (RGB).
-        class_names: Names of the labels 0, 1, ...; empty when the images have no labels.
-        image_format: File format of the images in the shards.
-        num_images: Images in all shards.
-        shards: All shards, in order of name.
-    """
-
-    format_version: int = FORMAT_VERSION
-    source: str
-    source_fingerprint: str
-    image_size: int
-    image_channels: int
-    class_names: tuple[str, ...]
-    image_format: str = IMAGE_FORMAT
-    num_images: int
-    shards: tuple[ShardInfo, ...]
-
-    @property
-    def shard_sizes(self) -> tuple[int, ...]:
-        """Number of images in each shard."""
-        return tuple(shard.num_images for shard in self.shards)
-
-    @property
-    def digest(self) -> str:
-        """Identity of the content: sha256 over what a model trained on it could notice, not over where it came from."""
-        content = {
-            "image_size": self.image_size,
-            "image_channels": self.image_channels,
-            "class_names": self.class_names,
-            "shards": [shard.sha256 for shard in self.shards],
-        }
-        return storage.sha256_hex(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
-
-    def to_json(self) -> str:
-        """The record as indented JSON."""
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> "Manifest":
-        """Parses ``to_json``.
-
-        Raises:
-            UserError: Not JSON, another format version, missing fields, or numbers that do not add up.
-        """
-        try:
-            return _parse_manifest(json.loads(text))
-        except UserError:
-            raise
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"not a readable manifest ({type(error).__name__}: {error})") from error
-
-
-def shard_name(index: int) -> str:
-    """File name of shard ``index``."""
-    return f"shard-{index:06d}.tar"
-
-
-def encode_shard(samples: Iterable[Sample]) -> bytes:
+def encode_shard(samples: Iterable[Sample], image_format: str = "png", quality: int = 95) -> bytes:
     """Packs samples into a WebDataset tar: ``KEY.png`` and, with a label, ``KEY.cls``. Same samples, same bytes."""
     buffer = io.BytesIO()
+    extension = "jpg" if image_format == "jpeg" else image_format
     # The default mtime is the clock: it would change the bytes at every run and add a pax header to every member.
     options: dict[str, Any] = {"mtime": 0, "user": "ddpm", "group": "ddpm", "mode": 0o444, "encoder": False}
     with webdataset.TarWriter(buffer, **options) as writer:
         for sample in samples:
-            members: dict[str, Any] = {"__key__": sample.key, IMAGE_FORMAT: encode_png(sample.pixels)}
+            members: dict[str, Any] = {
+                "__key__": sample.key,
+                extension: encode_image(sample.pixels, image_format, quality),
+            }
             if sample.label is not None:
                 members["cls"] = str(sample.label).encode()
             writer.write(members)
     return buffer.getvalue()
 
 
-def parse_shard(name: str, data: bytes) -> list[EncodedSample]:
-    """Takes a shard's bytes apart, in the order written; nothing is decoded.
+def index_shard(location: str, file: BinaryIO) -> ShardIndex:
+    """Finds the images in a WebDataset tar file, in the order written; decodes none.
 
-    Raises:
-        WorldError: Not a tar file of images; names the shard.
-    """
-    try:
-        # The default handler of both stages re-raises; a handler that carries on would lose the rest of the shard.
-        files = webdataset.tariterators.tar_file_expander([{"url": name, "stream": io.BytesIO(data)}])
-        return [_encoded_sample(group) for group in webdataset.tariterators.group_by_keys(files)]
-    except (tarfile.TarError, ValueError, KeyError, OSError, EOFError) as error:
-        raise WorldError(f"shard {name} is not a tar file of labelled images: {error}; prepare it again") from error
-
-
-def read_shard(location: str, info: ShardInfo) -> list[EncodedSample]:
-    """Reads a whole shard and holds it against the manifest.
+    A sample is a run of members with one key, the name up to the first dot after the folders. Its image is the member
+    png, jpg, jpeg or webp; its label the member cls, or the integer ``label`` (or ``cls``) of the member json. A sample
+    without an image is left out, as img2dataset leaves one behind for every download that failed.
 
     Args:
-        location: The data set's folder.
-        info: The shard's entry in the manifest.
+        location: The shard's location, for messages.
+        file: Its bytes, seekable.
 
     Raises:
-        WorldError: Missing, truncated, altered or miscounted; names the shard, what was expected and what was found.
+        UserError: Two images of one key, or a label that is no whole number.
+        WorldError: Not a tar file, or one that is cut off.
     """
-    path = storage.join(location, info.name)
+    digest, num_bytes = hashlib.sha256(), 0
+    while chunk := file.read(_CHUNK_BYTES):
+        digest.update(chunk)
+        num_bytes += len(chunk)
+    file.seek(0)
+    rows: list[tuple[str, int, int, int, int]] = []
+    seen: set[str] = set()
+    kinds: set[tuple[str, int, int, int]] = set()
+    try:
+        # "r:" and not "r": a compressed shard has no offsets to go to, and may be a bomb.
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for key, members in _samples(tar):
+                image = next((members[extension] for extension in _EXTENSIONS if extension in members), None)
+                if image is None:
+                    continue
+                if key in seen:
+                    raise UserError(f"shard {location} has two images of key {key}; keys must be unique in a shard")
+                seen.add(key)
+                data = _content(tar, image)
+                kinds.add(_kind(data))
+                label = _label(location, key, members, tar)
+                rows.append((key, image.offset_data, image.size, sha256_head(data), label))
+            _check_end(file, tar.offset)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise WorldError(f"shard {location} is not a whole tar file: {error}") from error
+    return ShardIndex(
+        keys=tuple(row[0] for row in rows),
+        offsets=np.array([row[1] for row in rows], dtype=np.int64),
+        sizes=np.array([row[2] for row in rows], dtype=np.int64),
+        sha256_heads=np.array([row[3] for row in rows], dtype=np.uint64),
+        labels=np.array([row[4] for row in rows], dtype=np.int64),
+        num_bytes=num_bytes,
+        sha256=digest.hexdigest(),
+        kinds=tuple(sorted(kinds)),
+    )
+
+
+def read_index(location: str, manifest: Manifest, number: int, *, patience_seconds: float = 0.0) -> ShardIndex:
+    """Reads the index of shard ``number`` and holds it against the manifest.
+
+    Raises:
+        DataError: Missing or altered.
+        WorldError: Storage refused or did not answer.
+    """
+    info = manifest.shards[number]
+    path = storage.join(location, info.index)
+    try:
+        data = storage.read_bytes(path, patience_seconds=patience_seconds)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(info.name, f"its index {path} is missing") from error
+    except OSError as error:
+        raise WorldError(f"cannot read {path}: {error}") from error
+    if storage.sha256_hex(data) != info.index_sha256:
+        raise DataError(info.name, f"its index {path} was altered: the manifest expects sha256 {info.index_sha256}")
+    return ShardIndex.from_json(data)
+
+
+def decode_sample(data: bytes, out: np.ndarray, manifest: Manifest) -> None:
+    """Decodes an image file of the data set into ``out``, uint8 [H, W, C].
+
+    Raises:
+        ValueError: Damaged, or not of the manifest's shape.
+    """
+    if manifest.fit is None:
+        decode_into(data, out)
+    else:
+        try:
+            with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as picture:
+                fitted = fit_image(picture, manifest.image_size, manifest.image_channels, manifest.fit)
+        except Exception as error:  # Pillow's plug-ins raise anything on broken files, struct.error and IndexError too
+            raise ValueError(f"not a readable image: {error}") from error
+        out[...] = fitted.permute(1, 2, 0).numpy()
+
+
+def read_images(location: str, manifest: Manifest, number: int) -> Tensor:
+    """All images of a shard in its order, uint8 [n, C, H, W]; every byte is held against the manifest.
+
+    Raises:
+        DataError: Missing, truncated, altered or undecodable; names the shard, and key and offset of the image.
+        WorldError: Storage refused or did not answer.
+    """
+    info = manifest.shards[number]
+    index = read_index(location, manifest, number)
+    data = read_shard(location, manifest, number)
+    images = np.empty((info.num_images, *manifest.image_shape), dtype=np.uint8)
+    rows = zip(index.keys, index.offsets.tolist(), index.sizes.tolist(), strict=True)
+    for out, (key, offset, size) in zip(images, rows, strict=True):
+        try:
+            decode_sample(data[offset : offset + size], out, manifest)
+        except ValueError as error:
+            raise DataError(info.name, str(error), key=key, offset=offset) from error
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def read_shard(location: str, manifest: Manifest, number: int) -> bytes:
+    """A shard's bytes, held against the manifest.
+
+    Raises:
+        DataError: Missing, truncated or altered.
+        WorldError: Storage refused or did not answer.
+    """
+    info = manifest.shards[number]
+    path = shard_location(location, info.name)
     try:
         data = storage.read_bytes(path)
-    except FileNotFoundError as error:
-        raise WorldError(f"shard {path} is missing: the manifest expects {info.num_bytes} bytes") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(path, f"it is missing; the manifest expects {info.num_bytes} bytes") from error
     except OSError as error:
         raise WorldError(f"cannot read shard {path}: {error}") from error
     if len(data) != info.num_bytes:
-        raise WorldError(f"shard {path} has a wrong length: expected {info.num_bytes} bytes, found {len(data)}")
+        raise DataError(path, f"wrong length: expected {info.num_bytes} bytes, found {len(data)}")
     found = storage.sha256_hex(data)
     if found != info.sha256:
-        raise WorldError(f"shard {path} was altered: expected sha256 {info.sha256}, found {found}")
-    samples = parse_shard(path, data)
-    if len(samples) != info.num_images:
-        raise WorldError(f"shard {path} is miscounted: expected {info.num_images} images, found {len(samples)}")
-    return samples
+        raise DataError(path, f"it was altered: expected sha256 {info.sha256}, found {found}")
+    return data
 
 
-def load_manifest(location: str) -> Manifest:
-    """Reads a data set's manifest.
+def sha256_head(data: bytes) -> int:
+    """The first 8 bytes of the sha256, big-endian: tells images apart and notices damage in 8 bytes an image."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
-    Raises:
-        UserError: No manifest (says whether a half-written data set lies there), or one that cannot be read.
-        WorldError: Storage refused or did not answer.
-    """
-    path = storage.join(location, MANIFEST_NAME)
+
+def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Groups the members of a tar file into samples as WebDataset does."""
+    key, members = "", dict[str, tarfile.TarInfo]()
+    for member in tar:
+        tar.members.clear()  # type: ignore[attr-defined]  # it keeps every header for ever otherwise
+        prefix, extension = webdataset.tariterators.base_plus_ext(member.name)
+        if not member.isreg() or member.sparse is not None or prefix is None:
+            continue
+        if members and (prefix != key or extension.lower() in members):
+            yield key, members
+            members = {}
+        key = prefix
+        members[extension.lower()] = member
+    if members:
+        yield key, members
+
+
+def _check_end(file: BinaryIO, offset: int) -> None:
+    """tarfile takes a damaged header in the middle for the end of the file; the real end is a block of zeros."""
+    file.seek(offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE or any(block):
+        raise EOFError(f"it is cut off or damaged at byte {offset}")
+
+
+def _kind(data: bytes) -> tuple[str, int, int, int]:
+    """Format, height, width and channels, from the header alone."""
     try:
-        text = storage.read_bytes(path)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(_no_manifest(location)) from error
-    except OSError as error:
-        raise WorldError(f"cannot read {path}: {error}") from error
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as picture:
+            channels = {"L": 1, "RGB": 3}.get(picture.mode, 0)
+            return str(picture.format).lower(), picture.height, picture.width, channels
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return "unreadable", 0, 0, 0
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    data = file.read() if file else b""
+    if len(data) != member.size:
+        raise EOFError(f"it ends inside {member.name}")
+    return data
+
+
+def _label(location: str, key: str, members: dict[str, tarfile.TarInfo], tar: tarfile.TarFile) -> int:
     try:
-        return Manifest.from_json(text)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def _no_manifest(location: str) -> str:
-    again = "run jobs/prepare_data.py"
-    if any(file.endswith(".tar") for file in storage.list_files(location)):
-        return f"{location} holds a half-written data set: shards but no {MANIFEST_NAME}; {again} again to finish it"
-    return f"{location} holds no data set: there is no {MANIFEST_NAME}; {again} first, or give another data set"
-
-
-def _encoded_sample(group: dict[str, Any]) -> EncodedSample:
-    label = group.get("cls")
-    return EncodedSample(str(group["__key__"]), group[IMAGE_FORMAT], None if label is None else int(label))
-
-
-def _parse_manifest(record: dict[str, Any]) -> Manifest:
-    version = record["format_version"]
-    if version != FORMAT_VERSION:
-        raise UserError(f"format version {version!r} is not supported, only {FORMAT_VERSION}; prepare the data again")
-    fields = {
-        **record,
-        "class_names": tuple(record["class_names"]),
-        "shards": tuple(ShardInfo(**shard) for shard in record["shards"]),
-    }
-    manifest = Manifest(**fields)
-    found = sum(manifest.shard_sizes)
-    if manifest.num_images != found or min(manifest.shard_sizes, default=0) < 1:
-        raise UserError(f"num_images is {manifest.num_images} but its shards hold {found}; prepare the data again")
-    if manifest.image_format != IMAGE_FORMAT:
-        raise UserError(f"image format {manifest.image_format!r} is not supported, only {IMAGE_FORMAT!r}")
-    return manifest
+        if "cls" in members:
+            return int(_content(tar, members["cls"]))
+        if "json" in members:
+            record = json.loads(_content(tar, members["json"]))
+            value = record.get("label", record.get("cls")) if isinstance(record, dict) else None
+            return int(value) if isinstance(value, int) else -1
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"shard {location}, sample {key}: its label is no whole number ({error})") from error
+    return -1

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from pipeline import cluster
 from pipeline.config import ClusterConfig, ProtocolConfig, SamplingConfig
-from pipeline.data.shards import Manifest, ShardInfo, read_shard
+from pipeline.data.manifest import Manifest
+from pipeline.data.shards import read_images
 from pipeline.errors import UserError, WorldError
 from pipeline.evaluation.features import load_extractor
 from pipeline.generation import generate_chunk
-from pipeline.images import decode_image
 from pipeline.model_folder import EMA_FILE, META_FILE, build_schedule, build_unet, load_tensors, read_meta
 
 if TYPE_CHECKING:
@@ -80,11 +80,9 @@ class ChunkActor:
         images = generate_chunk(unet, schedule, sampling, shape=shape, chunk=chunk)
         return self._features(images), images
 
-    def features_of_shard(self, location: str, info: ShardInfo, channels: int) -> Tensor:
+    def features_of_shard(self, location: str, manifest: "list[ObjectRef[Manifest]]", shard: int) -> Tensor:
         """Features of a shard's images, float32 [n, d], in the shard's order."""
-        samples = read_shard(location, info)
-        images = torch.stack([torch.from_numpy(decode_image(s.image, channels).copy()) for s in samples])
-        return self._features(images)
+        return self._features(read_images(location, ray.get(manifest[0]), shard))
 
     def _features(self, images: Tensor) -> Tensor:
         return torch.cat([self._extractor(part).cpu() for part in torch.split(images, _FEATURE_BATCH)])
@@ -125,9 +123,10 @@ class Workers:
 
     def shards(self, location: str, manifest: Manifest) -> Iterator[Tensor]:
         """Features of a data set's images, shard by shard."""
+        reference = [ray.put(manifest)]
         return self._map(
-            lambda actor, info: actor.features_of_shard.remote(location, info, manifest.image_channels),
-            manifest.shards,
+            lambda actor, shard: actor.features_of_shard.remote(location, reference, shard),
+            range(len(manifest.shards)),
         )
 
     def _map(self, submit: Callable[[Any, Any], Any], work: Iterable[Any]) -> Iterator[Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import EvaluateConfig
-from pipeline.data.shards import load_manifest
+from pipeline.data.manifest import load_manifest
 from pipeline.errors import UserError, WorldError
 from pipeline.evaluation.actors import ModelFiles, Workers, open_workers
 from pipeline.evaluation.features import FeatureExtractor, load_extractor

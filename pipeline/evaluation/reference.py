@@ -4,7 +4,7 @@ import hashlib
 import logging
 
 from pipeline import storage
-from pipeline.data.shards import Manifest
+from pipeline.data.manifest import Manifest
 from pipeline.errors import WorldError
 from pipeline.evaluation.actors import Workers
 from pipeline.evaluation.features import FeatureExtractor

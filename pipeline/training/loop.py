@@ -4,7 +4,8 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 
 from pipeline import draws
 from pipeline.config import OptimizerConfig, TrainConfig, as_params, to_flat
+from pipeline.data.faults import TooMuchDamageError
 from pipeline.data.loader import Batch, Loader
 from pipeline.diffusion.ema import Ema
 from pipeline.diffusion.process import q_sample, simple_loss
 from pipeline.errors import WorldError
 from pipeline.model_folder import build_schedule, build_unet, read_meta
+from pipeline.training.audit import AuditLog
 from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.training.task import TrainingTask, differences
 
@@ -74,12 +77,12 @@ def train(task: TrainingTask, worker: Worker, resume_from: Path | None = None) -
     if resume_from:
         _check_same_run(task, resume_from)
         start = load_checkpoint(resume_from, unet=unet, ema=ema, optimizer=optimizer)
-    meter = Meter(worker, config.data.batch_size, start)
+    meter = Meter(task, worker, start)
 
-    with _open_loader(task, worker, start) as loader:
-        for batch in loader:
+    with _open_loader(task, worker, start) as loader, closing(_open_audit(config, worker)) as audit:
+        for batch, t, eps in loader:
             step = batch.step
-            t, eps = noise_of(config, batch)
+            audit.note(batch, t, eps)
             t, eps = t.to(worker.device, non_blocking=True), _place(eps, worker)
             x_t = q_sample(schedule, _place(batch.x_0, worker), t, eps)
             if config.model.dropout > 0:
@@ -93,7 +96,7 @@ def train(task: TrainingTask, worker: Worker, resume_from: Path | None = None) -
                 group["lr"] = lr
             optimizer.step()
             ema.update(unet, step)
-            meter.add(step, loss.detach(), grad_norm.detach())
+            meter.add(step, loss.detach(), grad_norm.detach(), len(batch.bad))
 
             done = step + 1
             checkpoint_due = is_due(done, config.checkpoint_every, config.steps)
@@ -148,10 +151,12 @@ def noise_of(config: TrainConfig, batch: Batch) -> tuple[Tensor, Tensor]:
 class Meter:
     """Sums of one logging window, kept on the device: reading them, and so waiting for it, happens when logging."""
 
-    def __init__(self, worker: Worker, batch_size: int, start: int) -> None:
+    def __init__(self, task: TrainingTask, worker: Worker, start: int) -> None:
         self._worker = worker
-        self._batch_size = batch_size
+        self._data, self._order = task.config.data, task.order
         self._from_step = start
+        self._bad = torch.zeros(2, dtype=torch.int64)  # images of the window, images of the epoch
+        self._epoch = -1
         self._started = time.perf_counter()
         self._waited = 0.0
         self._loss_sum = torch.zeros((), device=worker.device)
@@ -159,8 +164,13 @@ class Meter:
         self._never = torch.tensor(2**62, device=worker.device)
         self._first_bad = self._never.clone()
 
-    def add(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
+    def add(self, step: int, loss: Tensor, grad_norm: Tensor, num_bad: int) -> None:
         """Adds one step without waiting for the device."""
+        epoch = step // self._order.batches_per_epoch
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._bad[1] = 0
+        self._bad += num_bad
         self._loss_sum += loss
         self._grad_norm = grad_norm
         bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
@@ -170,16 +180,24 @@ class Meter:
         """The window's metrics, the loss averaged over all workers; starts the next window. Every rank calls it.
 
         Raises:
-            HopelessError: A loss or gradient of the window was not finite; nothing of it is logged or saved.
+            HopelessError: A loss or gradient of the window was not finite, or too much of the data is damaged; nothing
+                of the window is logged or saved.
         """
+        bad = self._bad.to(self._worker.device)
         if self._worker.num_workers > 1:
             dist.all_reduce(self._loss_sum)
             dist.all_reduce(self._first_bad, op=dist.ReduceOp.MIN)
+            dist.all_reduce(bad)
         first_bad = int(self._first_bad)
         if first_bad < int(self._never):
             raise HopelessError(
                 f"the loss or its gradient is not finite at step {first_bad}; the last checkpoint before it is kept. "
                 f"Lower --lr or --grad-clip, or look at the images of that step"
+            )
+        bad_in_window, bad_in_epoch = bad.tolist()
+        if bad_in_epoch > self._data.max_bad_fraction * self._order.images_per_epoch:
+            raise HopelessError(
+                str(TooMuchDamageError(bad_in_epoch, self._order.images_per_epoch, self._data.max_bad_fraction))
             )
         num_steps = done - self._from_step
         seconds = time.perf_counter() - self._started
@@ -188,13 +206,15 @@ class Meter:
             "train/loss": float(self._loss_sum) / num_steps / self._worker.num_workers,
             "train/grad_norm": float(self._grad_norm),
             "train/lr": lr,
-            "train/images_seen": done * self._batch_size,
-            "perf/images_per_second": num_steps * self._batch_size / seconds,
+            "train/images_seen": done * self._data.batch_size,
+            "perf/images_per_second": num_steps * self._data.batch_size / seconds,
             "perf/step_seconds": seconds / num_steps,
             "perf/data_wait_ratio": min(1.0, (wait_seconds - self._waited) / seconds),
+            "data/bad_images": bad_in_window,
         }
         self._from_step, self._waited = done, wait_seconds
         self._loss_sum.zero_()
+        self._bad[0] = 0
         self.restart()
         return record
 
@@ -203,18 +223,29 @@ class Meter:
         self._started = time.perf_counter()
 
 
-def _open_loader(task: TrainingTask, worker: Worker, start: int) -> Loader:
+def _open_loader(task: TrainingTask, worker: Worker, start: int) -> "Loader[tuple[Batch, Tensor, Tensor]]":
+    def with_noise(batch: Batch) -> tuple[Batch, Tensor, Tensor]:
+        t, eps = noise_of(task.config, batch)
+        if worker.device.type == "cuda":
+            # Only a copy from pinned memory runs beside the device's work.
+            return replace(batch, x_0=batch.x_0.pin_memory()), t.pin_memory(), eps.pin_memory()
+        return batch, t, eps
+
     return Loader(
         task.location,
         task.manifest,
         task.order,
+        task.config.data,
         rank=worker.rank,
         num_workers=worker.num_workers,
-        random_flip=task.config.data.random_flip,
         start_step=start,
         end_step=task.config.steps,
-        cache_bytes=task.config.data.loader_cache_bytes,
+        finish=with_noise,
     )
+
+
+def _open_audit(config: TrainConfig, worker: Worker) -> AuditLog:
+    return AuditLog(config.audit_dir, worker.rank, worker.num_workers)
 
 
 def _place(images: Tensor, worker: Worker) -> Tensor:

@@ -55,6 +55,15 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._items: list[Record | Committed] = []
+        self._verdict: str | None = None
+
+    def give_up(self, reason: str) -> None:
+        """Notes why trying again from the last checkpoint is in vain; the first reason stays."""
+        self._verdict = self._verdict or reason
+
+    def verdict(self) -> str | None:
+        """The reason of ``give_up``, or None."""
+        return self._verdict
 
     def put(self, item: Record | Committed) -> None:
         """Adds a message; the sender does not wait for it."""

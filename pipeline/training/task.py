@@ -10,12 +10,14 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.config import TrainConfig, as_params, changes, from_flat, to_flat
+from pipeline.data.batches import ReadPlan, plan_reading
+from pipeline.data.manifest import Manifest, load_manifest
 from pipeline.data.order import StreamOrder
-from pipeline.data.shards import Manifest, load_manifest
 from pipeline.diffusion.unet import num_parameters
 from pipeline.errors import UserError
 from pipeline.generation import check_sampling
 from pipeline.model_folder import build_schedule, build_unet
+from pipeline.training.audit import check_audit_dir
 
 __all__ = ["DryRun", "TrainingTask", "check_model", "differences", "dry_run", "plan"]
 
@@ -27,7 +29,15 @@ _MAY_CHANGE = {
     "checkpoint_every",
     "keep_checkpoints",
     "grid_images",
+    "audit_dir",
+    "loader_workers",
     "loader_cache_bytes",
+    "prefetch_batches",
+    "cache_dir",
+    "cache_bytes",
+    "on_bad_data",
+    "max_bad_fraction",
+    "storage_patience_seconds",
     "num_workers",
     "use_gpu",
     "cpus_per_worker",
@@ -73,6 +83,11 @@ class TrainingTask:
             "class_names": list(self.manifest.class_names),
         }
 
+    def read_plan(self) -> ReadPlan:
+        """How each worker reads the data set, and what memory that takes; UserError if the disk cache is too small."""
+        workers = self.config.cluster.num_workers
+        return plan_reading(self.config.data, self.manifest, self.location, num_workers=workers)
+
     def to_json(self) -> str:
         """The task as JSON text."""
         return json.dumps(
@@ -108,6 +123,8 @@ def plan(config: TrainConfig) -> TrainingTask:
             "suits them), or prepare the data set anew"
         )
     assert task.order.batches_per_epoch > 0
+    task.read_plan()
+    check_audit_dir(config.audit_dir)
     return task
 
 
@@ -147,7 +164,9 @@ class DryRun:
     activation_bytes: int
     """Tensors that autograd keeps for one worker's part of the batch."""
     loader_bytes: int
-    """Bound of the loader in each worker: encoded shards and decoded images, each up to loader_cache_bytes."""
+    """Bound of the loader in each worker."""
+    loader_formula: str
+    """What the bound is made of."""
 
     def text(self) -> str:
         """The facts for a person, after all knobs."""
@@ -163,8 +182,8 @@ class DryRun:
             f"data set                 {self.data_location}",
             f"an epoch                 {images}",
             f"memory of a worker       about {_mebibytes(total)}: state {_mebibytes(self.state_bytes)}, "
-            f"activations {_mebibytes(self.activation_bytes)}, loader at most {_mebibytes(self.loader_bytes)} "
-            "(2 x loader_cache_bytes)",
+            f"activations {_mebibytes(self.activation_bytes)}, loader at most {_mebibytes(self.loader_bytes)}",
+            f"loader of a worker       {self.loader_formula}",
         ]
         return "\n".join(lines)
 
@@ -182,7 +201,9 @@ def dry_run(config: TrainConfig) -> DryRun:
     parameters = check_model(config)
     location = storage.resolve(config.data.data, "data")
     found = storage.exists(storage.join(location, "manifest.json"))
-    order = plan(config).order if found else None
+    task = plan(config) if found else None
+    order = task.order if task else None
+    reading = task.read_plan() if task else None
     return DryRun(
         config=to_flat(config),
         parameters=parameters,
@@ -194,7 +215,8 @@ def dry_run(config: TrainConfig) -> DryRun:
         steps_per_epoch=order.batches_per_epoch if order else None,
         state_bytes=parameters * 4 * 5,
         activation_bytes=_activation_bytes(config),
-        loader_bytes=2 * config.data.loader_cache_bytes,
+        loader_bytes=reading.bound if reading else 2 * config.data.loader_cache_bytes,
+        loader_formula=reading.formula() if reading else "at most 2 x loader_cache_bytes (known once data is prepared)",
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -25,6 +26,7 @@ from torch import nn
 
 from pipeline import cluster, storage
 from pipeline.config import TrainConfig, to_flat
+from pipeline.data.faults import DataError, TooMuchDamageError
 from pipeline.errors import UserError, WorldError, first_line
 from pipeline.model_folder import read_meta
 from pipeline.provenance import code_record
@@ -104,7 +106,7 @@ def fit(
         trainer = TorchTrainer(
             _worker,  # type: ignore[arg-type]  # its return value comes back as result.return_value
             train_loop_config={"task": task.to_json(), "mailbox": mailbox},
-            torch_config=TorchConfig(timeout_s=_PROCESS_GROUP_TIMEOUT_SECONDS),
+            torch_config=TorchConfig(timeout_s=_process_group_timeout(config)),
             scaling_config=_scaling(config),
             run_config=RunConfig(  # type: ignore[arg-type]
                 name=run.name,
@@ -167,6 +169,9 @@ def _worker(inputs: dict[str, Any]) -> int | str:
     )
     task = TrainingTask.from_json(inputs["task"])
     checkpoint = ray.train.get_checkpoint()
+    verdict = cast(Any, ray).get(mailbox.verdict.remote())
+    if verdict is not None:
+        return str(verdict)
     try:
         if checkpoint is None:
             return train(task, worker)
@@ -178,12 +183,22 @@ def _worker(inputs: dict[str, Any]) -> int | str:
     except HopelessError as error:
         # Not raised: Ray Train would start again from the last checkpoint, and it would end in the same way.
         return str(error)
+    except (DataError, TooMuchDamageError) as error:
+        # Only this rank knows, and the others wait for it: they are ended by raising. When Ray Train starts all of them
+        # again, they find the verdict.
+        cast(Any, ray).get(mailbox.give_up.remote(str(error)))
+        raise
 
 
 def _step_reached(result: Result) -> int:
     if isinstance(result.return_value, str):
         raise WorldError(f"training failed: {result.return_value}")
     return int(result.return_value or 0)
+
+
+def _process_group_timeout(config: TrainConfig) -> int:
+    """A worker whose loader waits for storage must not be taken for one that hangs."""
+    return _PROCESS_GROUP_TIMEOUT_SECONDS + int(config.data.storage_patience_seconds)
 
 
 def _scaling(config: TrainConfig) -> ScalingConfig:

@@ -75,11 +75,13 @@ def test_an_image_that_is_no_image_is_refused_by_name(tmp_path: Path, capsys: py
     source = load_job("prepare_data")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "broken.png").write_bytes(b"not an image")
+    from pipeline.config import PrepareConfig
     from pipeline.data.prepare import prepare
+    from pipeline.data.sources import open_source
     from pipeline.errors import UserError
 
     with pytest.raises(UserError, match=r"broken\.png"):
-        prepare(f"folder:{tmp_path / 'photos'}", str(tmp_path / "out"), image_size=8)
+        prepare(open_source(f"folder:{tmp_path / 'photos'}", image_size=8), PrepareConfig(), str(tmp_path / "out"))
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert source.parse_arguments(["--source", "folder:x"]).config.source == "folder:x"
 

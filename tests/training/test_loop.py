@@ -26,11 +26,12 @@ def batches(task: TrainingTask, num_workers: int, steps: range) -> list[tuple[li
             task.location,
             task.manifest,
             task.order,
+            task.config.data,
             rank=rank,
             num_workers=num_workers,
-            random_flip=False,
             start_step=steps.start,
             end_step=steps.stop,
+            finish=lambda batch: batch,
         )
         for rank in range(num_workers)
     ]
@@ -130,6 +131,7 @@ def test_records_carry_the_promised_keys_and_the_right_number_of_images(tmp_path
         "perf/images_per_second",
         "perf/step_seconds",
         "perf/data_wait_ratio",
+        "data/bad_images",
     }
 
 

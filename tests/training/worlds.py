@@ -13,8 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from pipeline.config import TrainConfig, override
+from pipeline.config import PrepareConfig, TrainConfig, override
 from pipeline.data.prepare import prepare
+from pipeline.data.sources import open_source
 from pipeline.training.checkpoint import checkpoint_name
 from pipeline.training.loop import Record, Worker, train
 from pipeline.training.task import TrainingTask, plan
@@ -23,7 +24,7 @@ from pipeline.training.task import TrainingTask, plan
 def small_task(folder: Path, **knobs: Any) -> TrainingTask:
     """Digits in several shards and a network of a few thousand parameters."""
     location = str(folder / "digits")
-    prepare("digits", location, images_per_shard=500)
+    prepare(open_source("digits"), PrepareConfig(images_per_shard=500), location)
     base = {"data": location, "base_channels": 8, "batch_size": 12, "num_streams": 12, "steps": 8, "sampling_steps": 5}
     config = override(TrainConfig(), base | {"checkpoint_every": 4, "log_every": 2, "num_workers": 1} | knobs)
     return plan(config)

@@ -1,0 +1,146 @@
+"""Speed and memory of our loader beside others, on the same images: ``python benchmarks/loader.py --help``.
+
+Needs Linux. Peers that are not installed are named in the result: ``pip install -r benchmarks/requirements.txt``.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+from contenders import CONTENDERS, OURS
+from corpus import Corpus, make_corpus, offline_environment
+from processes import ChildError, run_child
+from report import MIB, machine, markdown, spread
+
+_SCRIPT = "measure.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Measures loaders: images/s of a shuffled epoch, time to the first batch, memory."""
+
+    images: int = 10_000
+    """Images of the data set, 32x32 RGB."""
+    repeats: int = 5
+    """Measurements of each contender, in rounds."""
+    peers: tuple[str, ...] = tuple(CONTENDERS)
+    """Whom to measure; ours is always measured."""
+    source: str = "synthetic"
+    """synthetic, or folder:PATH with images in class folders."""
+    data: Path = field(default_factory=lambda: Path(tempfile.gettempdir()) / "ddpm-ray-benchmarks")
+    """Folder where the images are kept for the next run."""
+    out: Path | None = None
+    """File for all measurements, as JSON."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.peers) - set(CONTENDERS))
+        if unknown:
+            raise SystemExit(f"--peers {' '.join(unknown)}: give some of {', '.join(CONTENDERS)}")
+        if self.repeats < 1 or self.images < 256:
+            raise SystemExit("--repeats takes at least 1, --images at least 256")
+
+
+@dataclass
+class Result:
+    """What was measured of a contender with a number of loader processes."""
+
+    name: str
+    processes: int
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    memory_growth: dict[str, int] = field(default_factory=dict)
+    failed: str | None = None
+
+    def values(self, key: str) -> list[float]:
+        """Of all runs."""
+        return [run[key] for run in self.runs if run[key] is not None]
+
+
+def main(arguments: Arguments) -> None:
+    """Measures everything and prints the table."""
+    facts = machine(package for name in arguments.peers for package in CONTENDERS[name].packages)
+    corpus = make_corpus(arguments.data.absolute(), arguments.source, arguments.images)
+    names = [name for name in CONTENDERS if name == OURS or name in arguments.peers]
+    missing = {name: reason for name in names if (reason := _write_format(corpus, name))}
+    results = [
+        Result(name, processes, failed=missing.get(name)) for name in names for processes in CONTENDERS[name].processes
+    ]
+    for number in range(arguments.repeats + 1):
+        # Contenders take turns, and another one begins each round: what changes on the machine meets all alike.
+        turn = number * len(results) // (arguments.repeats + 1)
+        for result in results[turn:] + results[:turn]:
+            _measure(corpus, result, check=number == 0)
+        _say(f"round {number} of {arguments.repeats} done")
+    print(_table(results, facts))
+    print(f"{corpus.num_images:,} PNG images of {corpus.mean_bytes:,.0f} bytes on average, {arguments.source}.")
+    if arguments.out is not None:
+        record = {"machine": facts, "corpus": asdict(corpus) | {"root": None}, "results": [asdict(r) for r in results]}
+        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _write_format(corpus: Corpus, name: str) -> str | None:
+    """Why the format that a contender reads cannot be written; None if it can, or nothing is to be written."""
+    if CONTENDERS[name].format is None:
+        return None
+    try:
+        run_child(_SCRIPT, {"contender": name, "corpus": _fields(corpus), "write": True}, env=offline_environment())
+    except ChildError as error:
+        return str(error)
+    return None
+
+
+def _measure(corpus: Corpus, result: Result, *, check: bool) -> None:
+    """One measurement. The round that checks also warms the page cache and takes the memory, and no times."""
+    if result.failed:
+        return
+    task = {"contender": result.name, "corpus": _fields(corpus), "processes": result.processes, "check": check}
+    try:
+        found = run_child(_SCRIPT, task, timeout=300, pss=check, env=offline_environment())
+    except ChildError as error:
+        result.failed = str(error)
+        _say(f"{result.name} with {result.processes} processes failed: {error}")
+        return
+    memory = found.pop("memory_growth")
+    if check:
+        result.memory_growth = memory
+    else:
+        result.runs.append(found)
+
+
+def _fields(corpus: Corpus) -> dict[str, Any]:
+    return asdict(corpus) | {"root": str(corpus.root)}
+
+
+def _table(results: list[Result], facts: dict[str, Any]) -> str:
+    head = ["loader", "processes", "images/s", "ours / this", "first batch, s", "memory, MiB", "(RSS sum, MiB)"]
+    ours = {result.processes: result.values("images_per_second") for result in results if result.name == OURS}
+    return markdown(head, [_row(result, ours.get(result.processes, [])) for result in results], facts)
+
+
+def _row(result: Result, ours: list[float]) -> list[str]:
+    title, processes = CONTENDERS[result.name].title, str(result.processes)
+    if result.failed:
+        return [title, processes, f"failed: {result.failed.replace('|', '/')}", "", "", "", ""]
+    speeds, waits = result.values("images_per_second"), result.values("first_batch_seconds")
+    memory = result.memory_growth
+    return [
+        title,
+        processes,
+        spread(speeds),
+        f"{statistics.median(ours) / statistics.median(speeds):.2f}" if ours else "",
+        spread(waits, ".2f") if waits else "",
+        f"{memory['pss'] / MIB:,.0f}",
+        f"{memory['rss'] / MIB:,.0f}",
+    ]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=__doc__))

@@ -1,0 +1,36 @@
+"""The one seam to bytes: local paths and ``s3://`` URIs behind the same functions.
+
+A *location* is an absolute local path (``/data/cifar10``) or an S3 URI (``s3://bucket/prefix``). Writes appear whole or
+not at all. Endpoint, region, credentials, retries and addressing style of S3 come from the standard AWS environment and
+files; they never pass through here.
+"""
+
+from pipeline.storage.listing import FileEntry, expand, list_entries, list_files
+from pipeline.storage.locations import home, is_remote, join, resolve
+from pipeline.storage.patience import UnreachableError
+from pipeline.storage.reading import exists, num_bytes, open_binary, read_bytes, read_chunks, read_range
+from pipeline.storage.s3_client import s3 as _s3
+from pipeline.storage.s3_client import s3_of_process as _s3_of_process
+from pipeline.storage.writing import sha256_hex, write_bytes
+
+__all__ = [
+    "FileEntry",
+    "UnreachableError",
+    "_s3",
+    "_s3_of_process",
+    "exists",
+    "expand",
+    "home",
+    "is_remote",
+    "join",
+    "list_entries",
+    "list_files",
+    "num_bytes",
+    "open_binary",
+    "read_bytes",
+    "read_chunks",
+    "read_range",
+    "resolve",
+    "sha256_hex",
+    "write_bytes",
+]
