@@ -4,27 +4,19 @@ A contender is a function of (corpus, loader processes) that imports what it nee
 importing and opening can be told apart.
 """
 
-import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from corpus import SIZE, Corpus
-from PIL import Image
+import peers
+from corpus import Corpus
+from peers import BATCH_SIZE, SEED, Open
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["BATCH_SIZE", "CONTENDERS", "OURS", "Contender", "Open"]
+__all__ = ["BATCH_SIZE", "CONTENDERS", "OURS", "Contender"]
 
-BATCH_SIZE = 128
 OURS = "ours"
 _CACHED_EPOCHS = 5
-_SEED = 0
-
-Open = Callable[[], Iterable[Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,21 +44,6 @@ class Contender:
     epochs: int = 1
 
 
-def to_bytes(image: Image.Image) -> Tensor:
-    """uint8 [C, H, W]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """float32 [C, H, W] in [0, 1], as ``torchvision.transforms.ToTensor`` gives it."""
-    return to_bytes(image).float().div(255)
-
-
-def to_floats(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """uint8 batches to float32 in [0, 1]."""
-    return (batch.float().div(255) for batch in batches)
-
-
 def _ours(corpus: Corpus, processes: int, epochs: int = 1) -> Open:
     from pipeline.config import DataConfig
     from pipeline.data.loader import Loader
@@ -77,7 +54,7 @@ def _ours(corpus: Corpus, processes: int, epochs: int = 1) -> Open:
         config = DataConfig(data=str(corpus.shards), batch_size=BATCH_SIZE, loader_workers=processes)
         manifest = load_manifest(config.data)
         order = StreamOrder(
-            shard_sizes=manifest.shard_sizes, batch_size=BATCH_SIZE, num_streams=config.num_streams, seed=_SEED
+            shard_sizes=manifest.shard_sizes, batch_size=BATCH_SIZE, num_streams=config.num_streams, seed=SEED
         )
         end = epochs * order.batches_per_epoch
         with Loader(
@@ -97,130 +74,6 @@ def _ours_cached(corpus: Corpus, processes: int) -> Open:
     return _ours(corpus, processes, 1 + _CACHED_EPOCHS)
 
 
-def _decode_bytes(data: bytes) -> Tensor:
-    return to_bytes(Image.open(io.BytesIO(data)))
-
-
-def _decode_bytes_as_ours(data: bytes) -> Tensor:
-    from pipeline.images import decode_into
-
-    out = np.empty((SIZE, SIZE, 3), dtype=np.uint8)
-    decode_into(data, out)
-    return torch.from_numpy(out).permute(2, 0, 1).contiguous()
-
-
-def _webdataset(corpus: Corpus, processes: int) -> Open:
-    import webdataset
-
-    def open_() -> Iterator[Tensor]:
-        shards = sorted(map(str, corpus.shards.glob("*.tar")))
-        samples = webdataset.WebDataset(shards, shardshuffle=100).shuffle(1000).decode("pil").to_tuple("png", "cls")
-        samples = samples.map_tuple(to_tensor, _as_it_is).batched(BATCH_SIZE)
-        return (images for images, _ in webdataset.WebLoader(samples, batch_size=None, num_workers=processes))
-
-    return open_
-
-
-def _webdataset_tuned(corpus: Corpus, processes: int, decode: Callable[[bytes], Tensor] = _decode_bytes) -> Open:
-    import webdataset
-
-    decode(next(corpus.files.glob("*/*.png")).read_bytes())  # imports what it needs
-
-    def open_() -> Iterator[Tensor]:
-        shards = sorted(map(str, corpus.shards.glob("*.tar")))
-        samples = webdataset.WebDataset(shards, shardshuffle=100).shuffle(1000).to_tuple("png", "cls")
-        samples = samples.map_tuple(decode, int).batched(BATCH_SIZE)
-        batches = webdataset.WebLoader(samples, batch_size=None, num_workers=processes)
-        return to_floats(images for images, _ in batches)
-
-    return open_
-
-
-def _webdataset_our_decoder(corpus: Corpus, processes: int) -> Open:
-    return _webdataset_tuned(corpus, processes, _decode_bytes_as_ours)
-
-
-class _Files(Dataset[tuple[Tensor, int]]):
-    """What ``torchvision.datasets.ImageFolder`` does."""
-
-    def __init__(self, root: Path, transform: Callable[[Image.Image], Tensor]) -> None:
-        self._transform = transform
-        folders = sorted(path for path in root.iterdir() if path.is_dir())
-        self._samples = [(path, label) for label, folder in enumerate(folders) for path in sorted(folder.iterdir())]
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self._samples[index]
-        with path.open("rb") as file:
-            return self._transform(Image.open(file).convert("RGB")), label
-
-
-def _files(corpus: Corpus, processes: int) -> Open:
-    def open_() -> Iterator[Tensor]:
-        files = _Files(corpus.files, to_tensor)
-        return (images for images, _ in DataLoader(files, BATCH_SIZE, shuffle=True, num_workers=processes))
-
-    return open_
-
-
-def _files_tuned(corpus: Corpus, processes: int) -> Open:
-    def open_() -> Iterator[Tensor]:
-        files = _Files(corpus.files, to_bytes)
-        return to_floats(images for images, _ in DataLoader(files, BATCH_SIZE, shuffle=True, num_workers=processes))
-
-    return open_
-
-
-def _huggingface(corpus: Corpus, processes: int) -> Open:
-    import datasets
-
-    def transform(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return {"image": [to_tensor(image) for image in rows["image"]], "label": rows["label"]}
-
-    def open_() -> Iterator[Tensor]:
-        data, cache = str(corpus.files), str(corpus.huggingface)
-        rows = datasets.load_dataset("imagefolder", data_dir=data, split="train", cache_dir=cache)
-        loader = DataLoader(rows.with_transform(transform), BATCH_SIZE, shuffle=True, num_workers=processes)
-        return (batch["image"] for batch in loader)
-
-    return open_
-
-
-def _mosaicml(corpus: Corpus, processes: int) -> Open:
-    import streaming
-
-    class Images(streaming.StreamingDataset):  # type: ignore[misc]
-        def __getitem__(self, at: int) -> tuple[Tensor, int]:
-            sample = super().__getitem__(at)
-            return to_tensor(sample["image"]), sample["label"]
-
-    streaming.base.util.clean_stale_shared_memory()
-
-    def open_() -> Iterator[Tensor]:
-        images = Images(local=str(corpus.mds), shuffle=True, shuffle_seed=_SEED, batch_size=BATCH_SIZE)
-        return (each for each, _ in DataLoader(images, BATCH_SIZE, num_workers=processes))
-
-    return open_
-
-
-def _litdata(corpus: Corpus, processes: int) -> Open:
-    import litdata
-
-    class Images(litdata.StreamingDataset):  # type: ignore[misc]
-        def __getitem__(self, index: Any) -> tuple[Tensor, int]:
-            sample = super().__getitem__(index)
-            return to_tensor(Image.open(io.BytesIO(sample["image"]))), sample["label"]
-
-    def open_() -> Iterator[Tensor]:
-        images = Images(str(corpus.litdata), shuffle=True, seed=_SEED, drop_last=False)
-        loader = litdata.StreamingDataLoader(images, batch_size=BATCH_SIZE, num_workers=processes)
-        return (each for each, _ in loader)
-
-    return open_
-
-
 _ALL = (0, 1, 2)
 CONTENDERS: dict[str, Contender] = {
     OURS: Contender(title="ours, first epoch: everything decoded", prepare=_ours, processes=_ALL, low=-1.0),
@@ -233,24 +86,30 @@ CONTENDERS: dict[str, Contender] = {
         epochs=_CACHED_EPOCHS,
     ),
     "webdataset": Contender(
-        title="WebDataset as documented (`decode`, to tensor per sample)", prepare=_webdataset, packages=("webdataset",)
+        title="WebDataset as documented (`decode`, to tensor per sample)",
+        prepare=peers.open_webdataset,
+        packages=("webdataset",),
     ),
     "webdataset-tuned": Contender(
-        title="WebDataset tuned (float after batching)", prepare=_webdataset_tuned, packages=("webdataset",)
+        title="WebDataset tuned (float after batching)", prepare=peers.open_webdataset_tuned, packages=("webdataset",)
     ),
     "webdataset-our-decoder": Contender(
         title="WebDataset tuned, with our PNG decoder",
-        prepare=_webdataset_our_decoder,
+        prepare=peers.open_webdataset_our_decoder,
         packages=("webdataset", "imagecodecs"),
     ),
-    "files": Contender(title="torch `Dataset` over PNG files", prepare=_files),
-    "files-tuned": Contender(title="torch `Dataset` over PNG files, float after batching", prepare=_files_tuned),
+    "files": Contender(title="torch `Dataset` over PNG files", prepare=peers.open_files),
+    "files-tuned": Contender(
+        title="torch `Dataset` over PNG files, float after batching", prepare=peers.open_files_tuned
+    ),
     "huggingface": Contender(
-        title="Hugging Face `imagefolder`", prepare=_huggingface, format="huggingface", packages=("datasets",)
+        title="Hugging Face `imagefolder`", prepare=peers.open_huggingface, format="huggingface", packages=("datasets",)
     ),
     "mosaicml": Contender(
-        title="MosaicML `StreamingDataset`", prepare=_mosaicml, format="mds", packages=("mosaicml-streaming",)
+        title="MosaicML `StreamingDataset`", prepare=peers.open_mosaicml, format="mds", packages=("mosaicml-streaming",)
     ),
-    "litdata": Contender(title="LitData `StreamingDataset`", prepare=_litdata, format="litdata", packages=("litdata",)),
+    "litdata": Contender(
+        title="LitData `StreamingDataset`", prepare=peers.open_litdata, format="litdata", packages=("litdata",)
+    ),
 }
 """By the name that ``--peers`` takes."""

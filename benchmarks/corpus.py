@@ -12,16 +12,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.config import PrepareConfig
-from pipeline.data.prepare import prepare
-from pipeline.data.sources import IMAGE_EXTENSIONS, open_source
-
 __all__ = ["FORMATS", "SIZE", "Corpus", "ensure_format", "make_corpus", "offline_environment"]
 
 SIZE = 32
 """Height and width of the images, pixels."""
 _CLASSES = 10
 _CHUNK = 1000
+_IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")
 _PNG_LEVEL = 6  # as pipeline.images writes them: every format holds the same files
 
 
@@ -75,6 +72,11 @@ def make_corpus(folder: Path, source: str, num_images: int) -> Corpus:
         source: ``synthetic`` or ``folder:PATH``, images in class folders.
         num_images: How many.
     """
+    # Here and not above: a peer may run in an environment of its own, without what we need.
+    from pipeline.config import PrepareConfig
+    from pipeline.data.prepare import prepare
+    from pipeline.data.sources import open_source
+
     name = source if source == "synthetic" else hashlib.sha256(source.encode()).hexdigest()[:12]
     root = folder / f"{name}-{num_images}"
     record = root / "corpus.json"
@@ -108,7 +110,7 @@ def _found(source: str) -> Iterator[tuple[str, Image.Image]]:
     """Images of a folder of class folders, classes in turn; those of another size are resized."""
     root = Path(source.removeprefix("folder:"))
     folders = sorted(path for path in root.iterdir() if path.is_dir())
-    listings = [sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_EXTENSIONS) for path in folders]
+    listings = [sorted(file for file in path.iterdir() if file.suffix.lower() in _IMAGE_EXTENSIONS) for path in folders]
     for number in range(max(len(listing) for listing in listings)):
         for folder, listing in zip(folders, listings, strict=True):
             if number < len(listing):

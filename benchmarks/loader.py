@@ -34,23 +34,27 @@ class Arguments:
     """synthetic, or folder:PATH with images in class folders."""
     data: Path = field(default_factory=lambda: Path(tempfile.gettempdir()) / "ddpm-ray-benchmarks")
     """Folder where the images are kept for the next run."""
+    python: dict[str, Path] = field(default_factory=dict)
+    """Interpreters of peers that need an environment of their own: --python mosaicml PATH."""
     out: Path | None = None
     """File for all measurements, as JSON."""
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.peers) - set(CONTENDERS))
+        unknown = sorted((set(self.peers) | set(self.python)) - set(CONTENDERS))
         if unknown:
-            raise SystemExit(f"--peers {' '.join(unknown)}: give some of {', '.join(CONTENDERS)}")
+            raise SystemExit(f"no contender is called {' or '.join(unknown)}; give some of {', '.join(CONTENDERS)}")
         if self.repeats < 1 or self.images < 256:
             raise SystemExit("--repeats takes at least 1, --images at least 256")
 
 
 @dataclass
 class Result:
-    """What was measured of a contender with a number of loader processes."""
+    """What was measured of a contender with a number of loader processes, and the interpreter for it."""
 
     name: str
     processes: int
+    python: Path | None = None
+    versions: dict[str, str] = field(default_factory=dict)
     runs: list[dict[str, Any]] = field(default_factory=list)
     memory_growth: dict[str, int] = field(default_factory=dict)
     failed: str | None = None
@@ -62,13 +66,17 @@ class Result:
 
 def main(arguments: Arguments) -> None:
     """Measures everything and prints the table."""
-    facts = machine(package for name in arguments.peers for package in CONTENDERS[name].packages)
+    facts = machine()
     corpus = make_corpus(arguments.data.absolute(), arguments.source, arguments.images)
     names = [name for name in CONTENDERS if name == OURS or name in arguments.peers]
-    missing = {name: reason for name in names if (reason := _write_format(corpus, name))}
     results = [
-        Result(name, processes, failed=missing.get(name)) for name in names for processes in CONTENDERS[name].processes
+        Result(name, processes, arguments.python.get(name))
+        for name in names
+        for processes in CONTENDERS[name].processes
     ]
+    for result in results:
+        if CONTENDERS[result.name].format is not None:
+            _child(corpus, result, write=True)
     for number in range(arguments.repeats + 1):
         # Contenders take turns, and another one begins each round: what changes on the machine meets all alike.
         turn = number * len(results) // (arguments.repeats + 1)
@@ -76,43 +84,54 @@ def main(arguments: Arguments) -> None:
             _measure(corpus, result, check=number == 0)
         _say(f"round {number} of {arguments.repeats} done")
     print(_table(results, facts))
-    print(f"{corpus.num_images:,} PNG images of {corpus.mean_bytes:,.0f} bytes on average, {arguments.source}.")
+    print(f"{corpus.num_images:,} PNG images of {corpus.mean_bytes:,.0f} bytes on average, {_source(arguments)}.")
     if arguments.out is not None:
-        record = {"machine": facts, "corpus": asdict(corpus) | {"root": None}, "results": [asdict(r) for r in results]}
+        record = {
+            "machine": facts,
+            "corpus": {"source": _source(arguments), "images": corpus.num_images, "mean_bytes": corpus.mean_bytes},
+            "results": [asdict(result) | {"python": None} for result in results],
+        }
         arguments.out.write_text(json.dumps(record, indent=2) + "\n")
-
-
-def _write_format(corpus: Corpus, name: str) -> str | None:
-    """Why the format that a contender reads cannot be written; None if it can, or nothing is to be written."""
-    if CONTENDERS[name].format is None:
-        return None
-    try:
-        run_child(_SCRIPT, {"contender": name, "corpus": _fields(corpus), "write": True}, env=offline_environment())
-    except ChildError as error:
-        return str(error)
-    return None
 
 
 def _measure(corpus: Corpus, result: Result, *, check: bool) -> None:
     """One measurement. The round that checks also warms the page cache and takes the memory, and no times."""
-    if result.failed:
-        return
-    task = {"contender": result.name, "corpus": _fields(corpus), "processes": result.processes, "check": check}
-    try:
-        found = run_child(_SCRIPT, task, timeout=300, pss=check, env=offline_environment())
-    except ChildError as error:
-        result.failed = str(error)
-        _say(f"{result.name} with {result.processes} processes failed: {error}")
+    found = _child(corpus, result, check=check)
+    if found is None:
         return
     memory = found.pop("memory_growth")
+    result.versions = found.pop("versions")
     if check:
         result.memory_growth = memory
     else:
         result.runs.append(found)
 
 
+def _child(corpus: Corpus, result: Result, *, check: bool = False, write: bool = False) -> dict[str, Any] | None:
+    """What a process of its own found; None, and the reason in the result, if this contender cannot be measured."""
+    if result.failed:
+        return None
+    task = {
+        "contender": result.name,
+        "corpus": _fields(corpus),
+        "processes": result.processes,
+        "check": check,
+        "write": write,
+    }
+    try:
+        return run_child(_SCRIPT, task, timeout=300, pss=check, env=offline_environment(), python=result.python)
+    except ChildError as error:
+        result.failed = str(error)
+        _say(f"{result.name} with {result.processes} processes failed: {error}")
+        return None
+
+
 def _fields(corpus: Corpus) -> dict[str, Any]:
     return asdict(corpus) | {"root": str(corpus.root)}
+
+
+def _source(arguments: Arguments) -> str:
+    return "synthetic" if arguments.source == "synthetic" else "from a folder"
 
 
 def _table(results: list[Result], facts: dict[str, Any]) -> str:
@@ -123,6 +142,7 @@ def _table(results: list[Result], facts: dict[str, Any]) -> str:
 
 def _row(result: Result, ours: list[float]) -> list[str]:
     title, processes = CONTENDERS[result.name].title, str(result.processes)
+    title = ", ".join([title, *(f"{name} {version}" for name, version in result.versions.items())])
     if result.failed:
         return [title, processes, f"failed: {result.failed.replace('|', '/')}", "", "", "", ""]
     speeds, waits = result.values("images_per_second"), result.values("first_batch_seconds")

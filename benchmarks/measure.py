@@ -12,6 +12,7 @@ import torch
 from contenders import BATCH_SIZE, CONTENDERS, Contender
 from corpus import SIZE, Corpus, ensure_format
 from processes import ready
+from report import version_of
 from torch import Tensor
 
 
@@ -26,7 +27,7 @@ def main(arguments: dict[str, Any]) -> dict[str, Any]:
     facts = arguments["corpus"]
     corpus = Corpus(**facts | {"root": Path(facts["root"])})
     contender = CONTENDERS[arguments["contender"]]
-    if arguments.get("write"):
+    if arguments["write"]:
         ready()
         assert contender.format is not None
         ensure_format(corpus, contender.format)
@@ -35,7 +36,8 @@ def main(arguments: dict[str, Any]) -> dict[str, Any]:
     gc.collect()
     ready()
     started = time.perf_counter()
-    return _time(contender, corpus, iter(open_()), started, check=arguments["check"])
+    found = _time(contender, corpus, iter(open_()), started, check=arguments["check"])
+    return found | {"versions": {name: version_of(name) for name in contender.packages}}
 
 
 def _time(

@@ -42,6 +42,7 @@ def run_child(
     timeout: float = 600,
     pss: bool = False,
     env: dict[str, str] | None = None,
+    python: Path | None = None,
 ) -> dict[str, Any]:
     """Runs ``python SCRIPT JSON`` in a process of its own; its last line of output is its result.
 
@@ -51,6 +52,7 @@ def run_child(
         timeout: Seconds until it is given up.
         pss: Watch the proportional set size too. That costs the child time: not for measurements of speed.
         env: Its environment; None: this one's.
+        python: Its interpreter; None: this one.
 
     Returns:
         The result, with ``memory_growth``: the peak above what it had when it was ready, as the fields of ``Memory``.
@@ -58,7 +60,7 @@ def run_child(
     Raises:
         ChildError: It failed.
     """
-    command = [sys.executable, str(Path(__file__).with_name(script)), json.dumps(arguments)]
+    command = [str(python or sys.executable), str(Path(__file__).with_name(script)), json.dumps(arguments)]
     with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryFile("w+") as output:
         child = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True, env=env
@@ -151,4 +153,6 @@ def _memory_of(pid: int, pss: bool) -> Memory:
 
 def _reason(code: int, errors: str) -> str:
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    if lines and lines[-1].startswith("ModuleNotFoundError"):
+        return f"not installed ({lines[-1].partition(': ')[2]})"
     return lines[-1][:200] if lines else f"ended with status {code} and said nothing"

@@ -15,9 +15,9 @@ MIB = 2**20
 _PACKAGES = ("ddpm-ray", "torch", "numpy", "pillow", "imagecodecs", "webdataset")
 
 
-def machine(packages: Iterable[str] = ()) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """What the numbers were measured on and with."""
-    versions = {name: version_of(name) for name in dict.fromkeys([*_PACKAGES, *packages])}
+    versions = {name: version_of(name) for name in _PACKAGES}
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),

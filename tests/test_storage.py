@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import signal
 import stat
 import tarfile
 import time
@@ -20,6 +21,7 @@ from servers import Credentials, S3Server, forget_s3_client
 
 from pipeline import storage
 from pipeline.errors import UserError, WorldError
+from pipeline.storage import s3_client
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -93,6 +95,12 @@ def test_a_folder_s_listing_leaves_out_its_neighbours_of_like_name(root):
     for name in ("run/1", "run-2/1", "runner"):
         storage.write_bytes(storage.join(root, name), b"x")
     assert list(storage.list_files(storage.join(root, "run"))) == [storage.join(root, "run/1")]
+
+
+def test_a_link_to_nowhere_is_no_file(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    assert list(storage.list_files(str(tmp_path))) == [str(tmp_path / "file")]
 
 
 def test_more_files_than_a_page_holds_are_all_listed(root, monkeypatch):
@@ -561,9 +569,10 @@ def test_missing_credentials_are_one_clear_line(bucket, monkeypatch):
     one_line(error, f"cannot reach {bucket}/x: ", "credentials", "set AWS_ACCESS_KEY_ID")
 
 
-def test_a_missing_bucket_is_told_apart_from_a_missing_file(bucket):
+@pytest.mark.parametrize("ask", [storage.read_bytes, storage.num_bytes, storage.open_binary])
+def test_a_missing_bucket_is_told_apart_from_a_missing_file(bucket, ask):
     with pytest.raises(WorldError) as error:
-        storage.read_bytes("s3://no-such-bucket/x")
+        ask("s3://no-such-bucket/x")
     one_line(error, "S3 refused s3://no-such-bucket/x: NoSuchBucket", "make the bucket", "AWS_ENDPOINT_URL")
 
 
@@ -641,6 +650,15 @@ def test_an_empty_object_that_marks_a_folder_is_no_file(bucket):
 def test_a_process_makes_its_own_client_after_a_fork(bucket):
     assert storage._s3() is storage._s3()
     assert storage._s3_of_process(os.getpid() + 1) is not storage._s3()
+
+
+def test_a_fork_while_another_thread_makes_the_client_does_not_hang_the_child(bucket):
+    with s3_client._creating:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            os._exit(0 if storage._s3() else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_threads_that_ask_at_once_share_one_client(bucket):
@@ -736,7 +754,7 @@ def test_a_profile_that_is_not_there_is_one_clear_line(monkeypatch, tmp_path):
 @pytest.mark.parametrize("setting", [{"AWS_MAX_ATTEMPTS": "many"}, {"AWS_ENDPOINT_URL": "localhost 9000"}])
 def test_settings_that_aws_cannot_read_are_the_user_s_error(monkeypatch, tmp_path, setting):
     configure(monkeypatch, tmp_path, "", **setting)
-    with pytest.raises(UserError, match="^the AWS settings are not valid: "):
+    with pytest.raises(UserError, match=r"^the AWS settings are not valid: "):
         storage.read_bytes("s3://bucket/x")
 
 

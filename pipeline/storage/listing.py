@@ -1,6 +1,7 @@
 """Which files there are: all of a folder, or those that match a pattern."""
 
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -68,8 +69,16 @@ def expand(pattern: str) -> list[str]:
 
 
 def _local_entries(location: str) -> Iterator[FileEntry]:
-    paths = sorted(str(path) for path in Path(location).rglob("*") if path.is_file() and _is_whole(path.name))
-    return (FileEntry(path, os.stat(path).st_size, "") for path in paths)
+    for path in sorted(map(str, Path(location).rglob("*"))):
+        if not _is_whole(path):
+            continue
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            # A link to nowhere, or a file that somebody removed since the folder was read.
+            continue
+        if stat.S_ISREG(status.st_mode):
+            yield FileEntry(path, status.st_size, "")
 
 
 def _remote_entries(location: str) -> Iterator[FileEntry]:
@@ -126,7 +135,7 @@ def _at_first_wildcard(pattern: str) -> list[str]:
 def _names(folder: str) -> list[str]:
     try:
         return os.listdir(folder or ".")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

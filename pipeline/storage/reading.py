@@ -43,7 +43,7 @@ def num_bytes(location: str) -> int:
         if path.is_dir():
             raise FileNotFoundError(location)
         return path.stat().st_size
-    return _head(location)[0]
+    return _version(location)[0]
 
 
 def read_bytes(location: str, *, patience_seconds: float = 0.0) -> bytes:
@@ -107,7 +107,7 @@ def open_binary(location: str, *, patience_seconds: float = 0.0) -> BinaryIO:
     """A seekable read-only file with a buffer of 1 MiB. Opening and reading raise as ``read_chunks``."""
     if not is_remote(location):
         return open(location, "rb", buffering=_BUFFER_BYTES)
-    size, etag = patiently(location, patience_seconds, lambda: _head(location))
+    size, etag = patiently(location, patience_seconds, lambda: _version(location))
     return io.BufferedReader(_RemoteFile(location, size, etag, patience_seconds), _BUFFER_BYTES)
 
 
@@ -117,6 +117,16 @@ def _head(location: str) -> tuple[int, str]:
     with s3_errors(location):
         answer = s3().head_object(Bucket=bucket, Key=key)
     return answer["ContentLength"], answer["ETag"]
+
+
+def _version(location: str) -> tuple[int, str]:
+    """As ``_head``, but tells a missing bucket from a missing file."""
+    try:
+        return _head(location)
+    except FileNotFoundError:
+        # The answer to HEAD has no body that could name what is missing; the answer to GET has.
+        _range(location, 0, 1)
+        raise
 
 
 def _get(location: str, byte_range: str = "", etag: str = "") -> "GetObjectOutputTypeDef":
@@ -159,7 +169,8 @@ class _Stream:
 
     def read(self, num_bytes: int) -> bytes:
         """The next bytes; none at the end."""
-        if self._offset == self._size:
+        # With the body still open the empty read at the end is not in vain: it verifies the length and the checksum.
+        if self._body is None and self._offset == self._size:
             return b""
         try:
             with s3_errors(self._location):

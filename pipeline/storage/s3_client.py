@@ -30,6 +30,7 @@ _BUSY = {
 _KEYS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE)"
 _ENDPOINT = "check AWS_ENDPOINT_URL"
 _ADVICE = {
+    "301": "check AWS_DEFAULT_REGION",
     "403": f"{_KEYS} and what this user may do",
     "AccessDenied": "check what the user of AWS_ACCESS_KEY_ID (or AWS_PROFILE) may do",
     "AuthorizationHeaderMalformed": "check AWS_DEFAULT_REGION",
@@ -155,9 +156,11 @@ def _meaning_of_failure(location: str, error: "BotoCoreError") -> Exception:
     from botocore.parsers import ResponseParserError
 
     what = f"cannot reach {location}: {first_line(error)}"
+    if isinstance(error, aws.FlexibleChecksumError):
+        return WorldError(f"{location} is damaged: {first_line(error)}; write it again")
     if isinstance(error, aws.SSLError) and "certificate" in str(error).lower():
         return WorldError(f"{what}; check AWS_CA_BUNDLE and AWS_ENDPOINT_URL")
-    if isinstance(error, (aws.HTTPClientError, aws.IncompleteReadError)):
+    if isinstance(error, (aws.ConnectionError, aws.HTTPClientError, aws.IncompleteReadError)):
         return UnreachableError(f"{what}; {_ENDPOINT}")
     if isinstance(error, (aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError)):
         return WorldError(f"{what}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")

@@ -183,7 +183,7 @@ class Meter:
             HopelessError: A loss or gradient of the window was not finite, or too much of the data is damaged; nothing
                 of the window is logged or saved.
         """
-        bad = self._bad.to(self._worker.device)
+        bad = self._bad.to(self._worker.device, copy=True)  # summed in place below
         if self._worker.num_workers > 1:
             dist.all_reduce(self._loss_sum)
             dist.all_reduce(self._first_bad, op=dist.ReduceOp.MIN)
