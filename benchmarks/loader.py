@@ -43,8 +43,8 @@ class Arguments:
         unknown = sorted((set(self.peers) | set(self.python)) - set(CONTENDERS))
         if unknown:
             raise SystemExit(f"no contender is called {' or '.join(unknown)}; give some of {', '.join(CONTENDERS)}")
-        if self.repeats < 1 or self.images < 256:
-            raise SystemExit("--repeats takes at least 1, --images at least 256")
+        if self.repeats < 1 or self.images < 2000:
+            raise SystemExit("--repeats takes at least 1, --images at least 2000: a shard for each loader process")
 
 
 @dataclass

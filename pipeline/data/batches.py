@@ -294,8 +294,8 @@ class BatchReader:
         for attempt in range(_MAX_SUBSTITUTES):
             number, image = self._order.substitute(step, self.streams[stream], place, attempt)
             try:
-                shard = self._store.shard_aside(number)
-                self._decode(shard, image, shard.read(image), out)
+                with self._store.aside(number) as shard:
+                    self._decode(shard, image, shard.read(image), out)
                 return int(shard.index.labels[image]), shard.index.keys[image]
             except DataError:
                 continue

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pipeline import storage
 from pipeline.config import PrepareConfig
@@ -48,8 +49,10 @@ def index_existing(
     if not shards:
         raise UserError(f"webdataset:{pattern} matches no file; give a pattern such as FOLDER/{{00000..00099}}.tar")
     source = f"webdataset:{absolute}"
-    fingerprint = _fingerprint(source, shards, config)
-    manifest, num_written = claim(destination, source, fingerprint), 0
+    begun = _identity(FORMAT_VERSION, source, [(shard, _size(shard)) for shard in shards])
+    # Size and crop matter to readers alone: given anew, they leave the indexes as they are.
+    fingerprint = _identity(begun, config.image_size, config.image_channels, config.crop)
+    manifest, num_written = claim(destination, source, fingerprint, begun=begun), 0
     if manifest is None:
         finished = []
         pieces = enumerate(shards)
@@ -68,9 +71,8 @@ def index_existing(
     )
 
 
-def _fingerprint(source: str, shards: list[str], config: PrepareConfig) -> str:
-    identity = [FORMAT_VERSION, source, config.image_size, config.image_channels, config.crop]
-    return storage.sha256_hex(json.dumps([identity, [(shard, _size(shard)) for shard in shards]]).encode())
+def _identity(*facts: Any) -> str:
+    return storage.sha256_hex(json.dumps(facts).encode())
 
 
 def _size(shard: str) -> int:

@@ -140,20 +140,26 @@ def _in_processes(
         multiprocessing_context=context,
         worker_init_fn=_settle,
     )
+    results = iter(loader)
     try:
-        results = iter(loader)
         for step in steps:
-            parts = [next(results) for _ in range(count)]
+            parts = [_next_part(results) for _ in range(count)]
             for part in parts:
                 if isinstance(part, BaseException):
                     raise part
             yield step, parts
-    except RuntimeError as error:
-        if isinstance(error, WorldError):
-            raise
+    finally:
+        # Else they live as long as a traceback that mentions them.
+        results._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _next_part(results: Iterator[Any]) -> Any:
+    try:
+        return next(results)
+    except (RuntimeError, EOFError, OSError) as error:  # as DataLoader notices it: by a signal, a pipe or a socket
         raise WorldError(
-            f"a loader process died ({first_line(error)}); if memory ran out, give fewer --loader-workers or a smaller "
-            "--loader-cache-bytes"
+            f"a loader process died ({first_line(error)}); if memory ran out, give fewer --loader-workers or a "
+            "smaller --loader-cache-bytes"
         ) from error
 
 

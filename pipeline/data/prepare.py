@@ -122,8 +122,14 @@ def prepare(
     )
 
 
-def claim(destination: str, source: str, fingerprint: str) -> Manifest | None:
+def claim(destination: str, source: str, fingerprint: str, *, begun: str | None = None) -> Manifest | None:
     """The finished data set if it is ours; else None, after marking the folder as ours. Never mixes two data sets.
+
+    Args:
+        destination: The data set's folder.
+        source: The source in words.
+        fingerprint: Identity of the whole data set.
+        begun: Identity of what is written before the manifest, if fewer options matter to that.
 
     Raises:
         UserError: The folder holds another data set, the beginning of one, or shards of unknown origin.
@@ -135,16 +141,17 @@ def claim(destination: str, source: str, fingerprint: str) -> Manifest | None:
             what = f"{manifest.num_images} images of {manifest.source} or with other options"
             raise UserError(f"{destination} holds another data set ({what}); {other}")
         return manifest
+    begun = begun or fingerprint
     path = storage.join(destination, SOURCE_RECORD_NAME)
     if storage.exists(path):
         record = _read_record(path)
-        if record.get("source_fingerprint") != fingerprint:
+        if record.get("source_fingerprint") != begun:
             began = f"from {record.get('source')}, other files or options"
             raise UserError(f"{destination} holds the beginning of another data set ({began}); {other}")
         return None
     if any(file.endswith(".tar") for file in storage.list_files(destination)):
         raise UserError(f"{destination} holds shards of unknown origin (no {SOURCE_RECORD_NAME}); {other}")
-    record = {"source": source, "source_fingerprint": fingerprint}
+    record = {"source": source, "source_fingerprint": begun}
     storage.write_bytes(path, (json.dumps(record, indent=2) + "\n").encode())
     return None
 

@@ -28,6 +28,7 @@ __all__ = ["decode_sample", "encode_shard", "index_shard", "read_images", "read_
 
 _EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 _CHUNK_BYTES = 8 * 2**20
+_MAX_LABELS = 1_000_000  # each gets a name in the manifest
 
 
 def encode_shard(samples: Iterable[Sample], image_format: str = "png", quality: int = 95) -> bytes:
@@ -117,7 +118,10 @@ def read_index(location: str, manifest: Manifest, number: int, *, patience_secon
         raise WorldError(f"cannot read {path}: {error}") from error
     if storage.sha256_hex(data) != info.index_sha256:
         raise DataError(info.name, f"its index {path} was altered: the manifest expects sha256 {info.index_sha256}")
-    return ShardIndex.from_json(data)
+    index = ShardIndex.from_json(data)
+    if len(index.keys) != info.num_images:
+        raise DataError(info.name, f"its index lists {len(index.keys)} images, the manifest {info.num_images}")
+    return index
 
 
 def decode_sample(data: bytes, out: np.ndarray, manifest: Manifest) -> None:
@@ -230,12 +234,15 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def _label(location: str, key: str, members: dict[str, tarfile.TarInfo], tar: tarfile.TarFile) -> int:
     try:
+        label = None
         if "cls" in members:
-            return int(_content(tar, members["cls"]))
-        if "json" in members:
+            label = int(_content(tar, members["cls"]))
+        elif "json" in members:
             record = json.loads(_content(tar, members["json"]))
             value = record.get("label", record.get("cls")) if isinstance(record, dict) else None
-            return int(value) if isinstance(value, int) else -1
+            label = value if isinstance(value, int) else None
     except (ValueError, RecursionError) as error:
         raise UserError(f"shard {location}, sample {key}: its label is no whole number ({error})") from error
-    return -1
+    if label is not None and not -1 <= label < _MAX_LABELS:
+        raise UserError(f"shard {location}, sample {key}: its label {label} is not in 0..{_MAX_LABELS - 1}")
+    return -1 if label is None else label

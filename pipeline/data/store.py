@@ -5,12 +5,12 @@ page cache of the system is the only memory used. ``memory``: a remote shard is 
 shards do not fit into memory and there is no disk cache, each image is fetched by a request of its own.
 """
 
-import contextlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol, TypeVar
@@ -143,11 +143,17 @@ class ShardStore:
         self._shards[number] = future  # used last
         return future.result()
 
-    def shard_aside(self, number: int) -> OpenShard:
+    @contextmanager
+    def aside(self, number: int) -> Iterator[OpenShard]:
         """Like ``shard`` for a single image: does not fetch a whole remote shard, and nothing is kept."""
         if number in self._shards:
-            return self.shard(number)
-        return self._open(number, aside=True)
+            yield self.shard(number)
+            return
+        shard = self._open(number, aside=True)
+        try:
+            yield shard
+        finally:
+            shard.content.close()
 
     def read(self, shard: OpenShard, position: Position) -> bytes:
         """An image file of an open shard, expected before or not. Raises as ``OpenShard.read``."""
@@ -165,8 +171,10 @@ class ShardStore:
         number, image = position
         future = self._shards.get(number)
         # Not ``shard``, which changes the order of use: that is for the reader's thread alone.
-        shard = self._open(number, aside=True) if future is None else future.result()
-        return shard.read(image)
+        if future is not None:
+            return future.result().read(image)
+        with self.aside(number) as shard:
+            return shard.read(image)
 
     def _cost(self, shard: int) -> int:
         info = self._manifest.shards[shard]
@@ -213,7 +221,7 @@ class _File:
     def __init__(self, descriptor: int, path: str) -> None:
         self._descriptor, self._path = descriptor, path
         # Images are read in random order, which defeats the system's own reading ahead.
-        with contextlib.suppress(OSError, AttributeError):
+        with suppress(OSError, AttributeError):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
 
     def read(self, offset: int, size: int) -> bytes:
