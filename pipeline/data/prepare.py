@@ -97,6 +97,8 @@ def prepare(
     started = time.monotonic()
     if not len(source):
         raise UserError(f"{source.name} holds no images; give a source with images")
+    if config.image_format == "webp" and source.image_channels == 1:
+        raise UserError("--image-format webp: WebP has no grey images; give png or jpeg, or --image-channels 3")
     fingerprint = _fingerprint(source, config)
     manifest = claim(destination, source.name, fingerprint)
     num_written = 0

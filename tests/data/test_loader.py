@@ -312,9 +312,7 @@ def test_substitutes_are_the_same_for_1_2_and_4_ranks_with_and_without_a_loader_
     for num_workers in (1, 2, 4):
         for loader_workers in (0, 1):
             ranks = [
-                loader_of(
-                    data_set, steps, rank=rank, num_workers=num_workers, loader_workers=loader_workers, **knobs
-                )
+                loader_of(data_set, steps, rank=rank, num_workers=num_workers, loader_workers=loader_workers, **knobs)
                 for rank in range(num_workers)
             ]
             for whole, *parts in zip(alone, *ranks, strict=True):
@@ -331,7 +329,9 @@ def test_a_loader_process_that_is_killed_is_an_error_within_seconds(data_set, or
     next(batches)
     loader_processes()[-1].send_signal(signal.SIGKILL)
     started = time.monotonic()
-    with pytest.raises(WorldError, match=r"^a loader process died \(.*\); if memory ran out, give fewer --loader") as up:
+    with pytest.raises(
+        WorldError, match=r"^a loader process died \(.*\); if memory ran out, give fewer --loader"
+    ) as up:
         for _ in batches:
             assert time.monotonic() - started < 20
     assert time.monotonic() - started < 20

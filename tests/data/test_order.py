@@ -11,6 +11,14 @@ from pipeline.data import order as order_module
 from pipeline.data.order import StreamOrder, streams_of_rank
 from pipeline.errors import UserError
 
+
+def stream_positions(order, step, stream):
+    """(shard, index) of one stream's images."""
+    shards, indices = order.locate(step, range(stream, stream + 1))
+    assert order.shards(step, range(stream, stream + 1)).tolist() == shards.tolist()
+    return list(zip(shards.tolist(), indices.tolist(), strict=True))
+
+
 MODEST = settings(deadline=None, max_examples=40)
 
 
@@ -48,7 +56,7 @@ def test_concatenated_ranks_give_the_same_global_batch_for_1_2_and_4_workers(ord
         return
     for num_workers in (1, 2, 4):
         parts = [
-            order.stream_positions(step, stream)
+            stream_positions(order, step, stream)
             for rank in range(num_workers)
             for stream in streams_of_rank(order.num_streams, rank, num_workers)
         ]
@@ -69,7 +77,7 @@ def test_resuming_at_any_step_equals_the_suffix_of_the_unbroken_sequence(order, 
 @given(orders())
 def test_every_stream_gives_equally_many_images_to_every_batch(order):
     for step in range(min(order.batches_per_epoch, 5) + 1):
-        sizes = {len(order.stream_positions(step, stream)) for stream in range(order.num_streams)}
+        sizes = {len(stream_positions(order, step, stream)) for stream in range(order.num_streams)}
         assert sizes == {order.batch_size // order.num_streams}
 
 
@@ -85,7 +93,7 @@ def test_every_image_comes_exactly_once_when_the_batch_divides_the_data_set(shar
 def test_one_shard_feeds_more_workers_than_there_are_shards():
     order = StreamOrder(shard_sizes=(64,), batch_size=8, num_streams=8, seed=0)
     by_rank = [
-        [p for step in range(8) for s in streams_of_rank(8, rank, 8) for p in order.stream_positions(step, s)]
+        [p for step in range(8) for s in streams_of_rank(8, rank, 8) for p in stream_positions(order, step, s)]
         for rank in range(8)
     ]
     assert [len(part) for part in by_rank] == [8] * 8
@@ -176,3 +184,15 @@ def test_a_worker_count_that_does_not_divide_the_streams_is_refused_with_those_t
 def test_ranks_own_contiguous_blocks_of_streams():
     assert [list(streams_of_rank(8, rank, 4)) for rank in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert list(streams_of_rank(8, 0, 1)) == list(range(8))
+
+
+def test_substitutes_belong_to_seed_step_stream_place_and_attempt():
+    order = StreamOrder(shard_sizes=(5, 1, 9), batch_size=4, num_streams=2, seed=3)
+    places = [
+        (step, stream, slot, attempt) for step in range(9) for stream in (0, 1) for slot in (0, 1) for attempt in (0, 1)
+    ]
+    drawn = [order.substitute(*place) for place in places]
+    assert drawn == [order.substitute(*place) for place in places]
+    assert {shard for shard, _ in drawn} == {0, 1, 2}
+    assert all(0 <= index < order.shard_sizes[shard] for shard, index in drawn)
+    assert len(set(drawn)) > 10

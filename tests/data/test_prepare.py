@@ -5,12 +5,15 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipeline import storage
+from pipeline.config import PrepareConfig
 from pipeline.data import prepare as prepare_module
+from pipeline.data.manifest import ShardIndex, load_manifest
 from pipeline.data.prepare import prepare
-from pipeline.data.shards import load_manifest, read_shard
+from pipeline.data.shards import read_images
 from pipeline.data.sources import DigitsSource, open_source
 from pipeline.errors import UserError, WorldError
 
@@ -31,11 +34,21 @@ def images(tmp_path):
 
 
 def content(folder):
-    return {os.path.basename(file): storage.read_bytes(file) for file in storage.list_files(str(folder))}
+    return {os.path.relpath(file, folder): storage.read_bytes(file) for file in storage.list_files(str(folder))}
+
+
+def prepare_source(spec, destination, *, on_progress=None, use_ray=False, **knobs):
+    config = PrepareConfig(source=spec, **knobs)
+    source = open_source(spec, image_size=config.image_size, image_channels=config.image_channels, crop=config.crop)
+    return prepare(source, config, destination, on_progress=on_progress, use_ray=use_ray)
 
 
 def prepare_digits(destination, **options):
-    return prepare("digits", destination, **{"images_per_shard": 500, **options})
+    return prepare_source("digits", destination, **{"images_per_shard": 500, **options})
+
+
+def index_of(destination, number):
+    return ShardIndex.from_json(storage.read_bytes(f"{destination}/index/{number:06d}.json"))
 
 
 def test_every_image_of_the_source_is_in_the_shards_in_order(destination):
@@ -46,10 +59,13 @@ def test_every_image_of_the_source_is_in_the_shards_in_order(destination):
     assert manifest.shard_sizes == (500, 500, 500, 297)
     assert (manifest.num_images, manifest.image_size, manifest.image_channels) == (1797, 8, 1)
     assert (manifest.source, manifest.class_names) == ("digits", tuple("0123456789"))
-    read = [each for info in manifest.shards for each in read_shard(destination, info)]
-    assert [each.key for each in read] == [f"{i:09d}" for i in range(1797)]
+    assert [key for number in range(4) for key in index_of(destination, number).keys] == [
+        f"{i:09d}" for i in range(1797)
+    ]
     source = open_source("digits")
-    assert [each.label for each in read[:1797:100]] == [source.load(i).label for i in range(0, 1797, 100)]
+    expected = list(source.samples(500, source.read(500, 1000)))
+    assert index_of(destination, 1).labels.tolist() == [each.label for each in expected]
+    assert torch.equal(read_images(destination, manifest, 1), torch.stack([each.pixels for each in expected]))
 
 
 def test_the_same_call_gives_the_same_bytes_elsewhere(tmp_path):
@@ -95,16 +111,22 @@ def test_a_killed_prepare_leaves_no_manifest_and_continues_without_redoing_finis
     destination, tmp_path, monkeypatch
 ):
     kill_after(monkeypatch, 2, destination)
-    assert set(content(destination)) == {"source.json", "shard-000000.tar", "shard-000001.tar"}
+    assert {file for file in content(destination) if not file.startswith("index/")} == {
+        "source.json",
+        "shard-000000.tar",
+        "shard-000001.tar",
+    }
     with pytest.raises(UserError, match="half-written"):
         load_manifest(destination)
 
     loaded = []
-    load = DigitsSource.load
-    monkeypatch.setattr(DigitsSource, "load", lambda self, index: loaded.append(index) or load(self, index))
+    read = DigitsSource.read
+    monkeypatch.setattr(
+        DigitsSource, "read", lambda self, start, stop: loaded.append((start, stop)) or read(self, start, stop)
+    )
     result = prepare_digits(destination)
     assert (result.num_written, result.num_skipped) == (2, 2)
-    assert loaded == list(range(1000, 1797))
+    assert loaded == [(1000, 1500), (1500, 1797)]
 
     prepare_digits(str(tmp_path / "unbroken"))
     assert content(destination) == content(tmp_path / "unbroken")
@@ -149,18 +171,18 @@ def test_an_unreadable_source_record_is_taken_for_another_data_set(destination):
 
 def test_a_changed_folder_is_another_source(images, destination):
     arguments = {"image_size": 8, "images_per_shard": 4}
-    result = prepare(f"folder:{images}", destination, **arguments)
+    result = prepare_source(f"folder:{images}", destination, **arguments)
     assert result.manifest.class_names == ("cat", "dog")
-    assert prepare(f"folder:{images}", destination, **arguments).num_written == 0
+    assert prepare_source(f"folder:{images}", destination, **arguments).num_written == 0
     (images / "cat" / "1.png").rename(images / "cat" / "11.png")
     with pytest.raises(UserError, match="holds another data set"):
-        prepare(f"folder:{images}", destination, **arguments)
+        prepare_source(f"folder:{images}", destination, **arguments)
 
 
 def test_the_digest_is_the_same_wherever_the_images_lay(images, tmp_path):
-    first = prepare(f"folder:{images}", str(tmp_path / "a"), image_size=8, images_per_shard=4)
+    first = prepare_source(f"folder:{images}", str(tmp_path / "a"), image_size=8, images_per_shard=4)
     images.rename(tmp_path / "moved")
-    second = prepare(f"folder:{tmp_path}/moved", str(tmp_path / "b"), image_size=8, images_per_shard=4)
+    second = prepare_source(f"folder:{tmp_path}/moved", str(tmp_path / "b"), image_size=8, images_per_shard=4)
     assert first.manifest.digest == second.manifest.digest
 
 
@@ -170,15 +192,15 @@ def test_impossible_images_per_shard_are_refused(destination):
 
 
 def test_a_shard_that_another_node_kept_to_itself_is_noticed_before_the_manifest_is_written(destination, monkeypatch):
-    finish = prepare_module._finish_shard
+    make = prepare_module._make_shard
 
-    def finish_elsewhere(source, job):
-        finished = finish(source, job)
-        if job.name == "shard-000002.tar":
-            os.remove(f"{job.destination}/{job.name}")
+    def make_elsewhere(shared, number, *rest):
+        finished = make(shared, number, *rest)
+        if number == 2:
+            os.remove(f"{destination}/shard-000002.tar")
         return finished
 
-    monkeypatch.setattr(prepare_module, "_finish_shard", finish_elsewhere)
+    monkeypatch.setattr(prepare_module, "_make_shard", make_elsewhere)
     with pytest.raises(WorldError, match=r"shard-000002\.tar was written on another node .* s3://"):
         prepare_digits(destination)
     assert "manifest.json" not in content(destination)
@@ -212,11 +234,50 @@ def test_a_bad_image_in_a_ray_task_is_one_line_and_the_rest_is_continued(cluster
     bad.write_bytes(b"x" * len(good))
     arguments = {"image_size": 8, "images_per_shard": 2, "use_ray": True}
     with pytest.raises(UserError) as raised:
-        prepare(f"folder:{images}", destination, **arguments)
+        prepare_source(f"folder:{images}", destination, **arguments)
     assert type(raised.value) is UserError
     assert "8.png is not an image" in str(raised.value)
     assert "\n" not in str(raised.value)
     bad.write_bytes(good)
-    result = prepare(f"folder:{images}", destination, **arguments)
+    result = prepare_source(f"folder:{images}", destination, **arguments)
     assert result.num_written + result.num_skipped == 5
     assert json.loads(storage.read_bytes(f"{destination}/manifest.json"))["num_images"] == 10
+
+
+@pytest.mark.parametrize("image_format", ["jpeg", "webp"])
+def test_other_formats_are_stored_and_read(images, destination, image_format):
+    options = {"image_size": 8, "images_per_shard": 4, "image_format": image_format, "image_quality": 100}
+    manifest = prepare_source(f"folder:{images}", destination, **options).manifest
+    assert (manifest.image_format, index_of(destination, 0).kinds) == (image_format, ((image_format, 8, 8, 3),))
+    shades = [
+        int(image.float().mean().round()) for number in range(3) for image in read_images(destination, manifest, number)
+    ]
+    assert sorted(shades) == pytest.approx([20 * number for number in range(10)], abs=2)
+
+
+def test_shard_bytes_gives_shards_of_about_that_size_and_the_same_cuts_when_continued(destination, tmp_path):
+    manifest = prepare_digits(destination, shard_bytes=200_000).manifest
+    sizes = [shard.num_bytes for shard in manifest.shards[:-1]]
+    assert len(sizes) > 10
+    assert all(120_000 < size < 280_000 for size in sizes)
+    assert prepare_digits(str(tmp_path / "again"), shard_bytes=200_000).manifest.shard_sizes == manifest.shard_sizes
+
+
+def test_exact_duplicates_are_counted(images, destination):
+    for number in (1, 3):
+        (images / "cat" / f"copy-{number}.png").write_bytes((images / "cat" / f"{number}.png").read_bytes())
+    assert prepare_source(f"folder:{images}", destination, image_size=8).manifest.num_duplicates == 2
+
+
+def test_an_empty_source_is_refused(destination):
+    class Nothing(DigitsSource):
+        def __len__(self):
+            return 0
+
+    with pytest.raises(UserError, match="holds no images"):
+        prepare(Nothing(), PrepareConfig(), destination)
+
+
+def test_grey_webp_is_refused_since_there_is_none(destination):
+    with pytest.raises(UserError, match="WebP has no grey images"):
+        prepare_digits(destination, image_format="webp")
