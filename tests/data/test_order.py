@@ -40,6 +40,11 @@ def epoch_of(order: StreamOrder, epoch: int) -> list[tuple[int, int]]:
     return [position for step in steps for position in order.global_batch(step)]
 
 
+def positions(order: StreamOrder, step: int, streams: range) -> list[tuple[int, int]]:
+    shards, indices = order.locate(step, streams)
+    return list(zip(shards.tolist(), indices.tolist(), strict=True))
+
+
 @MODEST
 @given(orders(), st.integers(0, 3))
 def test_an_epoch_delivers_exactly_images_per_epoch_images_each_at_most_once(order, epoch):

@@ -271,7 +271,7 @@ def test_a_pickle_beside_an_image_is_never_loaded(tmp_path, extension):
 def test_member_names_are_keys_and_never_paths(tmp_path, name, monkeypatch):
     (inside := tmp_path / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(inside)
-    before = {path for path in tmp_path.rglob("*")}
+    before = set(tmp_path.rglob("*"))
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         member = tarfile.TarInfo(name)
@@ -281,7 +281,7 @@ def test_member_names_are_keys_and_never_paths(tmp_path, name, monkeypatch):
     index = index_of(data)
     assert index.keys == (name.removesuffix(".png"),)
     assert data[index.offsets[0] :][: index.sizes[0]] == image
-    assert {path for path in tmp_path.rglob("*")} == before
+    assert set(tmp_path.rglob("*")) == before
     assert not Path("/abs").exists()
 
 
