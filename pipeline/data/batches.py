@@ -129,9 +129,7 @@ def plan_reading(config: DataConfig, manifest: Manifest, location: str, *, num_w
     batch = config.batch_size // num_workers
     streams = max(1, config.num_streams // num_workers)
     sizes = manifest.shard_sizes
-    # A stream's images of one step lie in one shard or cross into the next; in tiny shards, in many.
-    per_stream = 2 + (config.batch_size // config.num_streams - 1) // min(sizes)
-    at_once = min(len(sizes), streams * per_stream)
+    at_once = _shards_at_once(sizes, streams, config.batch_size // config.num_streams)
     largest = max(shard.num_bytes for shard in manifest.shards)
     remote = any(storage.is_remote(shard.name) for shard in manifest.shards) or storage.is_remote(location)
     access: Access = "files"
@@ -157,6 +155,13 @@ def plan_reading(config: DataConfig, manifest: Manifest, location: str, *, num_w
         batch_bytes=batch * image_bytes * (4 + 1) * (config.prefetch_batches + 2),
         loader_workers=config.loader_workers,
     )
+
+
+def _shards_at_once(sizes: Sequence[int], streams: int, images_per_stream: int) -> int:
+    """Most shards that a batch touches: two at the ends of each stream's images, and whole ones between them."""
+    ends = np.cumsum(np.sort(np.asarray(sizes)))
+    between = int(np.searchsorted(ends, streams * max(0, images_per_stream - 2), side="right"))
+    return min(len(sizes), 2 * streams + between)
 
 
 class BatchReader:

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import DataConfig
+from pipeline.data.batches import plan_reading
 from pipeline.data.loader import Batch, Loader
 from pipeline.data.manifest import Manifest, index_name, shard_name
-from pipeline.data.order import StreamOrder
+from pipeline.data.order import StreamOrder, streams_of_rank
 from pipeline.data.prepare import Finished, write_manifest
 from pipeline.data.shards import encode_shard, index_shard
 from pipeline.data.sources import Sample
@@ -205,3 +206,23 @@ def test_opening_at_step_1000000_reads_no_more_than_opening_at_step_1(data_sets,
         read(data_set, config, range(step, step + 1))
         counts.append(len(opened))
     assert max(counts) <= 9
+
+
+@many
+@given(set_ups(), worlds)
+def test_no_batch_touches_more_shards_than_the_plan_says(data_sets, set_up, num_workers):
+    sizes, config = set_up
+    location, manifest = data_sets(sizes)
+    order = StreamOrder(shard_sizes=sizes, batch_size=config.batch_size, num_streams=config.num_streams, seed=0)
+    planned = plan_reading(config, manifest, location, num_workers=num_workers).shards_at_once
+    for step in range(2 * order.batches_per_epoch):
+        for rank in range(num_workers):
+            assert (
+                len(set(order.shards(step, streams_of_rank(config.num_streams, rank, num_workers)).tolist())) <= planned
+            )
+
+
+def test_one_small_shard_at_the_end_does_not_make_the_plan_expect_many(data_sets):
+    location, manifest = data_sets((64,) * 40 + (1,))
+    config = DataConfig(batch_size=32, num_streams=4)
+    assert plan_reading(config, manifest, location, num_workers=2).shards_at_once == 2 * 2 + 1
