@@ -102,7 +102,9 @@ class DataConfig:
     random_flip: bool = False
     """Mirror each image with probability 1/2."""
     loader_workers: int = 0
-    """Processes beside each worker that read and decode; 0: a thread of the worker."""
+    """Processes beside each worker that read and decode; 0: threads of the worker."""
+    decode_threads: int = 2
+    """Threads of each worker that decode images; processes have one each."""
     loader_cache_bytes: int = 256 * 2**20
     """Memory for decoded images in each worker, and as much again for remote shards, bytes."""
     prefetch_batches: int = 2
@@ -121,6 +123,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check(self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
         _check(self.loader_workers >= 0, "--loader-workers", self.loader_workers, "at least 0")
+        _check(self.decode_threads >= 1, "--decode-threads", self.decode_threads, "at least 1")
         _check(self.loader_cache_bytes >= 0, "--loader-cache-bytes", self.loader_cache_bytes, "at least 0")
         _check(self.prefetch_batches >= 1, "--prefetch-batches", self.prefetch_batches, "at least 1")
         _check(self.cache_bytes >= 1, "--cache-bytes", self.cache_bytes, "at least 1")

@@ -68,6 +68,9 @@ def decode_into(data: bytes, out: np.ndarray) -> None:
     decode = _DECODERS.get(data[:3])
     if decode is None:
         raise ValueError("not a PNG, JPEG or WebP image")
+    if data[:3] == _JPEG and _END_OF_JPEG not in data[-_TRAILER_BYTES:]:
+        # The decoder would fill what is missing with grey.
+        raise ValueError("not a readable image: the JPEG file is cut off")
     # Grey images are decoded as [H, W]; a view of the one channel is the same memory.
     target = out[..., 0] if out.shape[2] == 1 else out
     try:
@@ -93,10 +96,13 @@ def _other_shape(data: bytes, expected: tuple[int, ...]) -> str:
     )
 
 
+_JPEG = b"\xff\xd8\xff"
+_END_OF_JPEG = b"\xff\xd9"  # cannot occur within the coded image
+_TRAILER_BYTES = 4096  # some cameras and tools append something
 # By the first bytes of a file. All of them release Python's lock and decode straight into a given array.
 _DECODERS = {
     b"\x89PN": imagecodecs.png_decode,
-    b"\xff\xd8\xff": imagecodecs.jpeg8_decode,
+    _JPEG: imagecodecs.jpeg8_decode,
     b"RIF": imagecodecs.webp_decode,
 }
 

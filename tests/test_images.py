@@ -133,6 +133,43 @@ def test_broken_bytes_are_refused_with_one_kind_of_error(data):
         decode(data, (3, 3, 5))
 
 
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
+def test_an_image_file_is_refused_wherever_it_was_cut(image_format):
+    buffer = io.BytesIO()
+    values = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    Image.fromarray(values).save(buffer, format=image_format)
+    data = buffer.getvalue()
+    for cut in range(0, len(data) - 12, max(1, len(data) // 40)):
+        with pytest.raises(ValueError, match="not a"):
+            decode(data[:cut], (3, 24, 24))
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "BMP", "TIFF", "PPM"])
+def test_other_formats_are_refused(image_format):
+    with pytest.raises(ValueError, match="not a PNG, JPEG or WebP image"):
+        decode(encoded("RGB", image_format), (3, 3, 5))
+
+
+def test_an_image_is_decoded_into_its_place_and_nowhere_else():
+    batch = np.full((3, 6, 9, 3), 7, dtype=np.uint8)
+    decode_into(encode_png(some_pixels(3)), batch[1])
+    assert np.array_equal(batch[1], some_pixels(3).permute(1, 2, 0).numpy())
+    assert (batch[[0, 2]] == 7).all()
+
+
+def test_jpeg_keeps_the_resolution_of_colour():
+    pixels = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    pixels[0, :, ::2] = 200  # red and black columns: at half the resolution they would be one colour
+    columns = decode(encode_image(pixels, "jpeg", 100), pixels.shape)[0].astype(int)
+    assert (columns[:, ::2] - columns[:, 1::2]).min() > 150
+
+
+@pytest.mark.parametrize("image_format", ["jpeg", "webp"])
+def test_a_lower_quality_takes_fewer_bytes(image_format):
+    pixels = some_pixels(3).repeat(1, 4, 4)
+    assert len(encode_image(pixels, image_format, 30)) < len(encode_image(pixels, image_format, 95))
+
+
 def test_a_png_with_a_damaged_checksum_is_refused():
     data = bytearray(encode_png(some_pixels(3)))
     data[data.index(b"IDAT") + 10] ^= 0xFF

@@ -4,7 +4,9 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +17,10 @@ from pipeline.config import DataConfig
 from pipeline.data.disk_cache import DiskCache
 from pipeline.data.faults import DataError, TooMuchDamageError
 from pipeline.data.manifest import Manifest
-from pipeline.data.order import StreamOrder, streams_of_rank
+from pipeline.data.order import Position, StreamOrder, streams_of_rank
 from pipeline.data.shards import decode_sample
 from pipeline.data.store import INDEX_BYTES_PER_IMAGE, Access, OpenShard, ShardStore
+from pipeline.data.threads import Threads
 from pipeline.draws import Purpose, generator
 from pipeline.errors import UserError, WorldError
 from pipeline.images import to_model_range
@@ -175,6 +178,7 @@ class BatchReader:
         rank: This worker.
         num_workers: All workers; must divide ``order.num_streams``.
         part: Which part of the batch this reader reads, and of how many.
+        threads: Threads that decode, the caller's included.
 
     Raises:
         UserError: ``num_workers`` does not divide the number of streams; the disk cache cannot be used.
@@ -190,6 +194,7 @@ class BatchReader:
         rank: int,
         num_workers: int,
         part: tuple[int, int] = (0, 1),
+        threads: int = 1,
     ) -> None:
         """Reads nothing yet."""
         assert order.shard_sizes == manifest.shard_sizes, "the order was made for another data set"
@@ -213,6 +218,7 @@ class BatchReader:
         self._cache = _ImageCache(manifest.image_shape, manifest.num_images, plan.cache_bytes // count)
         self._first_images = np.concatenate([[0], np.cumsum(manifest.shard_sizes)[:-1]])
         self._look_again_at = 0
+        self._decoders = Threads(threads - 1, "data-decode")
         self._bad_in_epoch: tuple[int, int] = (-1, 0)
 
     def read(self, step: int) -> Part:
@@ -230,6 +236,7 @@ class BatchReader:
         numbers = self._first_images[shards] + images
         cached = self._cache.copy_to(numbers, pixels)
         bad: dict[int, DataError] = {}
+        places: list[_Place] = []
         # Images of one shard lie together in a batch.
         cuts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(shards)]
         for start, stop in pairwise(cuts):
@@ -242,24 +249,24 @@ class BatchReader:
             labels[start:stop] = shard.index.labels[images[start:stop]]
             for slot, image in enumerate(images[start:stop].tolist(), start):
                 keys[slot] = shard.index.keys[image]
-                if cached[slot]:
-                    continue
-                try:
-                    self._decode(shard, image, self._store.read(shard, (number, image)), pixels[slot])
-                    self._cache.offer(int(numbers[slot]), pixels[slot])
-                except DataError as fault:
-                    bad[slot] = fault
-        for slot, reason in bad.items():
+                if not cached[slot]:
+                    places.append(_Place(slot, shard, (number, image)))
+        bad |= self._fill(places, pixels)
+        for place in places:
+            if place.slot not in bad:
+                self._cache.offer(int(numbers[place.slot]), pixels[place.slot])
+        for slot, reason in sorted(bad.items()):
             labels[slot], keys[slot] = self._substitute(step, slot, reason, pixels[slot])
         if self._config.random_flip:
             mirrored = self._flips(step)
             pixels[mirrored] = pixels[mirrored][:, :, ::-1]
-        lines = tuple(str(reason) for reason in bad.values())
+        lines = tuple(str(bad[slot]) for slot in sorted(bad))
         return Part(torch.from_numpy(pixels), torch.from_numpy(labels), tuple(keys), lines)
 
     def close(self) -> None:
-        """Ends the threads that read ahead."""
+        """Ends the threads that read ahead and decode."""
         self._store.close()
+        self._decoders.stop()
 
     def _look_ahead(self, step: int, shards: np.ndarray) -> None:
         needed = dict.fromkeys(shards.tolist())
@@ -274,6 +281,26 @@ class BatchReader:
             held = self._cache.holds(self._first_images[shards] + images)
             places = zip(shards.tolist(), images.tolist(), held, strict=True)
             self._store.expect_images((shard, image) for shard, image, is_held in places if not is_held)
+
+    def _fill(self, places: "list[_Place]", pixels: np.ndarray) -> dict[int, DataError]:
+        """Reads and decodes images into their places, in several threads; returns the faults by slot."""
+        count = 1 + len(self._decoders)
+        shares = [places[len(places) * n // count : len(places) * (n + 1) // count] for n in range(count)]
+        others = [self._decoders.submit(partial(self._fill_share, share, pixels)) for share in shares[1:] if share]
+        faults = self._fill_share(shares[0], pixels)
+        for other in others:
+            faults |= other.result()
+        return faults
+
+    def _fill_share(self, places: "list[_Place]", pixels: np.ndarray) -> dict[int, DataError]:
+        faults: dict[int, DataError] = {}
+        for place in places:
+            try:
+                data = self._store.read(place.shard, place.position)
+                self._decode(place.shard, place.position[1], data, pixels[place.slot])
+            except DataError as fault:
+                faults[place.slot] = fault
+        return faults
 
     def _decode(self, shard: OpenShard, image: int, data: bytes, out: np.ndarray) -> None:
         try:
@@ -319,6 +346,14 @@ class BatchReader:
         count, seed = self._order.images_per_stream, self._order.seed
         words = [generator(seed, Purpose.FLIP, step, stream).bit_generator.random_raw(count) for stream in self.streams]
         return np.asarray(np.concatenate(words)[self._slots] >> np.uint64(63), dtype=bool)
+
+
+class _Place(NamedTuple):
+    """An image that is to be decoded, and where it goes in the batch."""
+
+    slot: int
+    shard: OpenShard
+    position: Position
 
 
 class _ImageCache:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from pipeline import storage
 from pipeline.data.manifest import ShardInfo
@@ -64,12 +65,11 @@ class DiskCache:
         found = self._find(info)
         if found is not None:
             return found
+        self._folder.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
         with self._lock(info.sha256[:2]):
             # Another process may have fetched it while this one waited for the lock.
             found = self._find(info)
-            if found is not None or not self._fetch(location, info, patience_seconds):
-                return found
-        return self._find(info)
+            return self._fetch(location, info, patience_seconds) if found is None else found
 
     def _find(self, info: ShardInfo) -> int | None:
         path = self._folder / (info.sha256 + _WHOLE)
@@ -80,39 +80,51 @@ class DiskCache:
         os.utime(descriptor)  # used now: dropped last
         return descriptor
 
-    def _fetch(self, location: str, info: ShardInfo, patience_seconds: float) -> bool:
+    def _fetch(self, location: str, info: ShardInfo, patience_seconds: float) -> int | None:
         partial = self._folder / (info.sha256 + _PARTIAL)
         try:
             self._reserve(partial, info.num_bytes)
-            digest = hashlib.sha256()
             with partial.open("r+b") as file:
-                for chunk in storage.read_chunks(location, patience_seconds=patience_seconds):
-                    digest.update(chunk)
-                    file.write(chunk)
-            if digest.hexdigest() != info.sha256:
-                return False
+                if not self._copy(location, info, patience_seconds, file):
+                    return None
+                # Opened before anybody can find it and drop it again.
+                descriptor = os.open(partial, os.O_RDONLY)
             partial.replace(partial.with_suffix(_WHOLE))
-            return True
-        except FileNotFoundError:
-            raise
+            return descriptor
+        except _MissingSourceError as error:
+            raise FileNotFoundError(location) from error
         except OSError as error:
             hint = "; give a smaller --cache-bytes" if error.errno == errno.ENOSPC else ""
             raise WorldError(f"cannot write to the cache {self._folder}: {error.strerror or error}{hint}") from error
         finally:
             partial.unlink(missing_ok=True)
 
+    def _copy(self, location: str, info: ShardInfo, patience_seconds: float, file: BinaryIO) -> bool:
+        """Whether what lies there is what the manifest says."""
+        digest = hashlib.sha256()
+        try:
+            for chunk in storage.read_chunks(location, patience_seconds=patience_seconds):
+                digest.update(chunk)
+                if file.tell() + len(chunk) > info.num_bytes:  # more than the space reserved for it
+                    return False
+                file.write(chunk)
+        except FileNotFoundError as error:
+            raise _MissingSourceError from error
+        return digest.hexdigest() == info.sha256
+
     def _reserve(self, partial: Path, num_bytes: int) -> None:
         """Drops the shards used longest ago until the new one fits, and takes its space."""
         with self._lock("all"):
+            partial.unlink(missing_ok=True)  # of a dead process: this one holds the lock of its name
             for left_behind in self._folder.glob("*" + _PARTIAL):
                 self._drop_if_dead(left_behind)
-            files = sorted(self._folder.glob(f"*{_WHOLE}"), key=lambda path: path.stat().st_mtime_ns)
-            total = num_bytes + sum(path.stat().st_size for path in [*files, *self._folder.glob("*" + _PARTIAL)])
+            files = sorted(self._folder.glob(f"*{_WHOLE}"), key=lambda path: _facts(path)[1])
+            total = num_bytes + sum(_facts(path)[0] for path in [*files, *self._folder.glob("*" + _PARTIAL)])
             for path in files:
                 if total <= self._limit_bytes:
                     break
-                total -= path.stat().st_size
-                path.unlink()
+                total -= _facts(path)[0]
+                path.unlink(missing_ok=True)
             with partial.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))
 
@@ -133,3 +145,16 @@ class DiskCache:
             yield
         finally:
             os.close(descriptor)
+
+
+class _MissingSourceError(Exception):
+    """Nothing lies in remote storage; told apart from a cache folder that is gone."""
+
+
+def _facts(path: Path) -> tuple[int, int]:
+    """Size and time of last use; zeros for a file that another process has just dropped or finished."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns

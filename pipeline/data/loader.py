@@ -1,4 +1,4 @@
-"""Batches ahead of time: made by a background thread, or by processes, while the model trains on the present one."""
+"""Batches ahead of time: made by background threads, or by processes, while the model trains on the present one."""
 
 import multiprocessing
 import queue
@@ -72,7 +72,7 @@ class Loader(Iterator[T], Generic[T]):
         batch_size = len(streams) * order.images_per_stream
         count = min(config.loader_workers, batch_size)
         reader = partial(BatchReader, location, manifest, order, config, rank=rank, num_workers=num_workers)
-        parts = _in_processes(reader, count, steps) if count else _in_this_thread(reader, steps)
+        parts = _in_processes(reader, count, steps) if count else _in_threads(reader, config.decode_threads, steps)
         labelled = bool(manifest.class_names)
         batches = (finish(join(step, streams, each, labelled)) for step, each in parts)
         self._wait_seconds = 0.0
@@ -117,8 +117,10 @@ class Loader(Iterator[T], Generic[T]):
         self.close()
 
 
-def _in_this_thread(open_reader: Callable[[], BatchReader], steps: range) -> Iterator[tuple[int, list[Part]]]:
-    with closing(open_reader()) as reader:
+def _in_threads(
+    open_reader: Callable[..., BatchReader], threads: int, steps: range
+) -> Iterator[tuple[int, list[Part]]]:
+    with closing(open_reader(threads=threads)) as reader:
         for step in steps:
             yield step, [reader.read(step)]
 

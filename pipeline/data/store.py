@@ -6,14 +6,12 @@ shards do not fit into memory and there is no disk cache, each image is fetched 
 """
 
 import os
-import queue
-import threading
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol
 
 from pipeline import storage
 from pipeline.data.disk_cache import DiskCache
@@ -21,11 +19,11 @@ from pipeline.data.faults import DataError
 from pipeline.data.manifest import Manifest, ShardIndex, shard_location
 from pipeline.data.order import Position
 from pipeline.data.shards import read_index, sha256_head
+from pipeline.data.threads import Threads
 from pipeline.errors import WorldError
 
 __all__ = ["INDEX_BYTES_PER_IMAGE", "Access", "OpenShard", "ShardStore"]
 
-T = TypeVar("T")
 Access = Literal["files", "memory", "ranges"]
 
 INDEX_BYTES_PER_IMAGE = 150
@@ -100,8 +98,8 @@ class ShardStore:
         self._budget_bytes, self._patience_seconds = budget_bytes, patience_seconds
         self._shards: dict[int, Future[OpenShard]] = {}  # in order of use
         self._images: dict[Position, Future[bytes]] = {}
-        self._opening = _Threads(_SHARD_THREADS, "data-shards")
-        self._fetching = _Threads(_IMAGE_THREADS if access == "ranges" else 0, "data-images")
+        self._opening = Threads(_SHARD_THREADS, "data-shards")
+        self._fetching = Threads(_IMAGE_THREADS if access == "ranges" else 0, "data-images")
 
     def expect(self, needed: Iterable[int], soon: Iterable[int]) -> None:
         """Begins to open shards: those needed now, then, as far as the budget goes, those needed soon; drops others."""
@@ -262,37 +260,3 @@ class _Ranges:
 def _close_content(future: "Future[OpenShard]") -> None:
     if future.exception() is None:
         future.result().content.close()
-
-
-class _Threads:
-    """A few daemon threads; those of ``concurrent.futures`` would hold up the process's end until storage answers."""
-
-    def __init__(self, count: int, name: str) -> None:
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=_work, args=(self._tasks,), name=f"{name}-{number}", daemon=True)
-            for number in range(count)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def submit(self, call: Callable[[], T]) -> "Future[T]":
-        future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(call())
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._tasks.put(run)
-        return future
-
-    def stop(self) -> None:
-        for _ in self._threads:
-            self._tasks.put(None)
-
-
-def _work(tasks: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
-    while (task := tasks.get()) is not None:
-        task()

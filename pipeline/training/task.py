@@ -31,6 +31,7 @@ _MAY_CHANGE = {
     "grid_images",
     "audit_dir",
     "loader_workers",
+    "decode_threads",
     "loader_cache_bytes",
     "prefetch_batches",
     "cache_dir",

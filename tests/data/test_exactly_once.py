@@ -2,6 +2,7 @@
 
 import io
 from collections import Counter
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -77,14 +78,17 @@ def read(
         for rank in range(num_workers)
     ]
     found = []
-    # strict: a rank that gives fewer batches than another is an error.
-    for step, parts in zip(steps, zip(*loaders, strict=True), strict=True):
-        assert {part.step for part in parts} == {step}
-        assert {len(part.keys) for part in parts} == {config.batch_size // num_workers}
-        for part in parts:
-            red, green, blue = np.rint((part.x_0[:, :, 0, 0].numpy().T + 1) * 127.5).astype(int)
-            assert [int(key) for key in part.keys] == ((red << 16) + (green << 8) + blue).tolist()
-        found.append([key for part in parts for key in part.keys])
+    with ExitStack() as stack:
+        for loader in loaders:
+            stack.enter_context(loader)
+        # strict: a rank that gives fewer batches than another is an error.
+        for step, parts in zip(steps, zip(*loaders, strict=True), strict=True):
+            assert {part.step for part in parts} == {step}
+            assert {len(part.keys) for part in parts} == {config.batch_size // num_workers}
+            for part in parts:
+                red, green, blue = np.rint((part.x_0[:, :, 0, 0].numpy().T + 1) * 127.5).astype(int)
+                assert [int(key) for key in part.keys] == ((red << 16) + (green << 8) + blue).tolist()
+            found.append([key for part in parts for key in part.keys])
     return found
 
 
@@ -182,9 +186,9 @@ def test_fewer_shards_than_ranks_is_no_special_case(data_sets):
 def test_the_remainder_is_another_one_in_every_epoch(data_sets):
     data_set = data_sets((7, 7, 7))
     config = DataConfig(batch_size=8, num_streams=4)
-    batches = read(data_set, config, range(2 * 12))
+    batches = read(data_set, config, range(2 * 60))
     everything = {f"{number:06d}" for number in range(21)}
-    left_out = [frozenset(everything - set(batches[2 * epoch] + batches[2 * epoch + 1])) for epoch in range(12)]
+    left_out = [frozenset(everything - set(batches[2 * epoch] + batches[2 * epoch + 1])) for epoch in range(60)]
     assert {len(each) for each in left_out} == {5}
     assert len(set(left_out)) > 6
     assert frozenset.union(*left_out) == everything

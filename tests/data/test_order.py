@@ -1,7 +1,7 @@
 """The order of images: exact, independent of the number of workers, computed from the step."""
 
 from collections import Counter
-from itertools import chain
+from itertools import chain, product
 
 import pytest
 from hypothesis import given, settings
@@ -38,11 +38,6 @@ def orders(draw, num_streams=(1, 2, 4, 8)):
 def epoch_of(order: StreamOrder, epoch: int) -> list[tuple[int, int]]:
     steps = range(epoch * order.batches_per_epoch, (epoch + 1) * order.batches_per_epoch)
     return [position for step in steps for position in order.global_batch(step)]
-
-
-def positions(order: StreamOrder, step: int, streams: range) -> list[tuple[int, int]]:
-    shards, indices = order.locate(step, streams)
-    return list(zip(shards.tolist(), indices.tolist(), strict=True))
 
 
 @MODEST
@@ -93,6 +88,27 @@ def test_every_image_comes_exactly_once_when_the_batch_divides_the_data_set(shar
     order = StreamOrder(shard_sizes=shard_sizes, batch_size=batch_size, num_streams=2, seed=3)
     everything = {(shard, index) for shard, size in enumerate(shard_sizes) for index in range(size)}
     assert Counter(epoch_of(order, 5)) == Counter(everything)
+
+
+@MODEST
+@given(orders(), st.integers(0, 10**6), st.integers(0, 20))
+def test_a_substitute_is_an_image_of_the_data_set_that_depends_on_seed_and_place_alone(order, step, attempt):
+    shard, index = order.substitute(step, 0, 3, attempt)
+    assert 0 <= index < order.shard_sizes[shard]
+    fresh = StreamOrder(
+        shard_sizes=order.shard_sizes, batch_size=order.num_streams, num_streams=order.num_streams, seed=order.seed
+    )
+    assert fresh.substitute(step, 0, 3, attempt) == (shard, index)
+
+
+def test_substitutes_of_other_places_attempts_and_seeds_are_others_and_every_image_may_be_one():
+    order, other = (StreamOrder(shard_sizes=(3, 1, 4), batch_size=4, num_streams=2, seed=seed) for seed in (0, 1))
+    places = list(product((0, 1), (0, 1), (0, 1), range(40)))
+    drawn = [order.substitute(*place) for place in places]
+    assert set(drawn) == set(order_positions(order))
+    assert max(Counter(drawn).values()) < 2 * len(drawn) / order.num_images
+    assert drawn != [other.substitute(*place) for place in places]
+    assert len({tuple(drawn[start : start + 40]) for start in range(0, len(drawn), 40)}) == 8
 
 
 def test_one_shard_feeds_more_workers_than_there_are_shards():
