@@ -290,6 +290,7 @@ def _fetch_slowly(folder, shard, start, answers):
 
 def _fetch_for_ever(folder, shard, started):
     def endless(location, **options):
+        yield b"x"
         started.set()
         while True:
             time.sleep(1)
@@ -303,7 +304,8 @@ def _fetch_for_ever(folder, shard, started):
 def test_four_processes_that_ask_at_once_fetch_once(shards, folder):
     context = multiprocessing.get_context("fork")
     start, answers = context.Event(), context.Queue()
-    processes = [context.Process(target=_fetch_slowly, args=(folder, shards[0], start, answers)) for _ in range(4)]
+    arguments = (folder, shards[0], start, answers)
+    processes = [context.Process(target=_fetch_slowly, args=arguments, daemon=True) for _ in range(4)]
     for process in processes:
         process.start()
     start.set()
@@ -321,7 +323,7 @@ def test_four_processes_that_ask_at_once_fetch_once(shards, folder):
 def test_a_process_that_is_killed_while_it_fetches_does_not_keep_the_others_waiting(shards, folder):
     context = multiprocessing.get_context("fork")
     started = context.Event()
-    process = context.Process(target=_fetch_for_ever, args=(folder, shards[0], started))
+    process = context.Process(target=_fetch_for_ever, args=(folder, shards[0], started), daemon=True)
     process.start()
     assert started.wait(20)
     assert len(list(folder.glob("*.partial"))) == 1

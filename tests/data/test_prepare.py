@@ -2,6 +2,7 @@
 
 import json
 import os
+import tarfile
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from pipeline.data import prepare as prepare_module
 from pipeline.data.manifest import ShardIndex, load_manifest
 from pipeline.data.prepare import prepare
 from pipeline.data.shards import read_images
-from pipeline.data.sources import DigitsSource, open_source
+from pipeline.data.sources import ArchiveSource, DigitsSource, open_source
 from pipeline.errors import UserError, WorldError
 
 
@@ -89,7 +90,7 @@ def test_a_finished_data_set_is_left_alone(destination):
     assert content(destination) == before
 
 
-def kill_after(monkeypatch, num_shards, destination):
+def kill_after(monkeypatch, num_shards, destination, spec="digits", **options):
     """Kills prepare, as far as a test in one process can: the write of the next shard never happens."""
     written = []
 
@@ -104,7 +105,7 @@ def kill_after(monkeypatch, num_shards, destination):
     with monkeypatch.context() as patch:
         patch.setattr(storage, "write_bytes", write)
         with pytest.raises(KeyboardInterrupt):
-            prepare_digits(destination)
+            prepare_source(spec, destination, **{"images_per_shard": 500, **options})
 
 
 def test_a_killed_prepare_leaves_no_manifest_and_continues_without_redoing_finished_shards(
@@ -261,6 +262,60 @@ def test_shard_bytes_gives_shards_of_about_that_size_and_the_same_cuts_when_cont
     assert len(sizes) > 10
     assert all(120_000 < size < 280_000 for size in sizes)
     assert prepare_digits(str(tmp_path / "again"), shard_bytes=200_000).manifest.shard_sizes == manifest.shard_sizes
+
+
+def test_shard_bytes_gives_the_same_cuts_when_it_continues_after_a_kill(destination, tmp_path, monkeypatch):
+    kill_after(monkeypatch, 3, destination, shard_bytes=400_000)
+    result = prepare_digits(destination, shard_bytes=400_000)
+    assert result.num_skipped == 3
+    prepare_digits(str(tmp_path / "unbroken"), shard_bytes=400_000)
+    assert content(destination) == content(tmp_path / "unbroken")
+
+
+def test_a_shard_whose_index_was_not_written_any_more_is_made_again(destination, tmp_path, monkeypatch):
+    kill_after(monkeypatch, 2, destination)
+    os.remove(f"{destination}/index/000001.json")
+    assert prepare_digits(destination).num_skipped == 1
+    prepare_digits(str(tmp_path / "unbroken"))
+    assert content(destination) == content(tmp_path / "unbroken")
+
+
+def compressed_tar(folder, images):
+    """Can only be read from its beginning."""
+    with tarfile.open(folder / "images.tar.gz", "w:gz") as tar:
+        for file in sorted(images.rglob("*.png")):
+            tar.add(file, f"images/{file.relative_to(images)}")
+    return f"archive:{folder}/images.tar.gz"
+
+
+def test_a_source_that_is_read_from_its_beginning_gives_the_same_images_as_its_folder(images, tmp_path):
+    options = {"image_size": 8, "images_per_shard": 3}
+    first = prepare_source(f"folder:{images}", str(tmp_path / "a"), **options)
+    second = prepare_source(compressed_tar(tmp_path, images), str(tmp_path / "b"), **options)
+    assert first.manifest.digest == second.manifest.digest
+
+
+def test_a_source_that_is_read_from_its_beginning_is_not_read_for_shards_that_are_done(
+    images, tmp_path, destination, monkeypatch
+):
+    spec, options = compressed_tar(tmp_path, images), {"image_size": 8, "images_per_shard": 3}
+    whole = prepare_source(spec, str(tmp_path / "whole"), **options)
+    kill_after(monkeypatch, 2, destination, spec=spec, **options)
+    taken = []
+    read = ArchiveSource.read
+    monkeypatch.setattr(
+        ArchiveSource, "read", lambda self, start, stop: taken.append((start, stop)) or read(self, start, stop)
+    )
+    assert prepare_source(spec, destination, **options).manifest == whole.manifest
+    assert taken == [(6, 9), (9, 10)]
+
+
+@pytest.mark.slow
+def test_ray_tasks_get_the_images_of_a_source_that_is_read_from_its_beginning(cluster, images, tmp_path):
+    spec, options = compressed_tar(tmp_path, images), {"image_size": 8, "images_per_shard": 3}
+    prepare_source(spec, str(tmp_path / "a"), use_ray=True, **options)
+    prepare_source(spec, str(tmp_path / "b"), **options)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
 
 
 def test_exact_duplicates_are_counted(images, destination):

@@ -208,9 +208,12 @@ def test_a_label_that_is_no_whole_number_is_refused_with_its_key(label):
         index_of(tar_of([{"__key__": "a", "png": picture("RGB", (4, 4)), "cls": label}]))
 
 
-def test_a_label_beyond_64_bits_is_refused_with_its_key():
-    with pytest.raises(UserError, match=r"shard x\.tar, sample a: "):
-        index_of(tar_of([{"__key__": "a", "png": picture("RGB", (4, 4)), "cls": str(2**70).encode()}]))
+@pytest.mark.parametrize("member", ["cls", "json"])
+@pytest.mark.parametrize("label", [1_000_000, 2**70, -2])
+def test_a_number_that_can_be_no_class_is_refused_with_its_key(member, label):
+    data = str(label).encode() if member == "cls" else b'{"label": %d}' % label
+    with pytest.raises(UserError, match=rf"shard x\.tar, sample a: its label {label} is not in 0\.\.999999"):
+        index_of(tar_of([{"__key__": "a", "png": picture("RGB", (4, 4)), member: data}]))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Verify finds every kind of damage and changes nothing."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -8,10 +9,13 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))
 
-from data_sets import write_data_set
+from data_sets import deep_png, huge_png, picture, tar_of, write_data_set
 
+from pipeline.config import PrepareConfig
+from pipeline.data.indexing import index_existing
+from pipeline.data.session import prepare_data
 from pipeline.data.verify import verify
-from pipeline.errors import UserError
+from pipeline.errors import UserError, WorldError
 
 
 def files(folder: str) -> dict[str, bytes]:
@@ -35,6 +39,64 @@ def test_an_altered_image_is_named_with_key_and_offset_and_the_others_stay_good(
     assert result.num_bad_images == 1
     assert any("altered: expected sha256" in fault for fault in result.faults)
     assert any(f"image {key} at byte {offset}: its bytes were altered" in fault for fault in result.faults)
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        (b"no image", "not a PNG, JPEG or WebP image"),
+        (picture("RGB", (5, 4)), "expected 4x4x3 .*, found 4x5x3 RGB"),
+        (picture("L", (4, 4)), "expected 4x4x3 .*, found 4x4x1 L"),
+        (deep_png(), "expected 4x4x3 .*, found 4x4x1 I;16"),
+        (huge_png(), "60000"),
+    ],
+    ids=["garbage", "another size", "grey", "16 bits", "huge"],
+)
+def test_an_image_that_is_not_what_the_manifest_says_is_named_though_every_checksum_is_right(tmp_path, file, reason):
+    data_set = write_data_set(tmp_path, files={(1, 2): file})
+    result = verify(data_set.location)
+    key, offset = data_set.place(1, 2)
+    (fault,) = result.faults
+    assert re.match(rf"shard .*shard-000001\.tar, image {key} at byte {offset}: .*{reason}", fault)
+    assert result.num_bad_images == 1
+
+
+def test_damage_is_found_and_nothing_is_changed(tmp_path):
+    data_set = write_data_set(tmp_path, files={(0, 1): b"garbage"})
+    data_set.truncate(3, 5)
+    data_set.path(2).unlink()
+    before = files(data_set.location)
+    assert verify(data_set.location).num_bad_images == 1 + 6 + 1
+    assert files(data_set.location) == before
+
+
+def test_faults_come_in_the_order_of_the_shards_and_their_images(tmp_path):
+    damaged = [(0, 4), (1, 0), (1, 6), (3, 10)]
+    data_set = write_data_set(tmp_path, files=dict.fromkeys(damaged, b"garbage"))
+    keys = [data_set.place(*position)[0] for position in damaged]
+    assert [key in fault for key, fault in zip(keys, verify(data_set.location).faults, strict=True)] == [True] * 4
+
+
+def test_shards_that_were_indexed_where_they_are_are_verified_there(tmp_path):
+    images = [{"__key__": str(i), "jpg": picture("RGB", (9, 7 + i), "JPEG", seed=i)} for i in range(4)]
+    path = tmp_path / "theirs.tar"
+    path.write_bytes(tar_of(images))
+    location = str(tmp_path / "ours")
+    index_existing(str(path), PrepareConfig(image_size=4), location)
+    assert verify(location).faults == ()
+    os.truncate(path, 2000)
+    assert all(str(path) in fault for fault in verify(location).faults)
+    path.unlink()
+    assert [fault for fault in verify(location).faults if "it is missing" in fault] == list(verify(location).faults)
+
+
+@pytest.mark.slow
+def test_the_job_names_what_is_damaged_and_ends_with_an_error(tmp_path, caplog):
+    data_set = write_data_set(tmp_path)
+    data_set.flip_a_byte(1, 3)
+    with pytest.raises(WorldError, match=r"is damaged: 1 of 24 images cannot be used; restore"):
+        prepare_data(PrepareConfig(data=data_set.location, verify=True))
+    assert any(data_set.place(1, 3)[0] in record.getMessage() for record in caplog.records)
 
 
 def test_a_cut_off_shard_loses_what_lies_behind_the_cut(tmp_path):
