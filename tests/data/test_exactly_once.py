@@ -1,6 +1,7 @@
 """The promise of the loader, for data sets, worlds and interruptions of any shape: every image once, in one order."""
 
 import io
+import os
 from collections import Counter
 from contextlib import ExitStack
 from functools import cache
@@ -119,7 +120,10 @@ def set_ups(draw, sizes=shard_sizes):
     return chosen, config
 
 
-many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# More where nobody waits.
+many = settings(
+    max_examples=60 if os.environ.get("CI") else 20, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 few = settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
