@@ -56,3 +56,4 @@ def _end(tasks: "queue.SimpleQueue[Callable[[], None] | None]", count: int) -> N
 def _work(tasks: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
     while (task := tasks.get()) is not None:
         task()
+        del task  # it refers to its owner, who could never be freed while this thread waits

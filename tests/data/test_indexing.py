@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tarfile
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -80,9 +81,8 @@ def index(pattern, destination, **options):
 def read_all(data_set, **knobs):
     """Images and labels by key, of one epoch without remainder."""
     knobs = {"batch_size": 1, "num_streams": 1, **knobs}
-    reader = reader_of(data_set, **knobs)
-    batches = [read_batch(reader, step) for step in range(data_set.manifest.num_images // knobs["batch_size"])]
-    reader.close()
+    with closing(reader_of(data_set, **knobs)) as reader:
+        batches = [read_batch(reader, step) for step in range(data_set.manifest.num_images // knobs["batch_size"])]
     return {key: (x_0, int(label)) for b in batches for key, x_0, label in zip(b.keys, b.x_0, b.labels, strict=True)}
 
 
@@ -262,4 +262,5 @@ def test_a_relative_pattern_is_relative_to_the_working_directory(tmp_path, monke
     result = index("theirs/*.tar", tmp_path / "ours")
     monkeypatch.chdir("/")
     assert os.path.isabs(result.manifest.shards[0].name)
-    reader_of(result, batch_size=4, num_streams=1).read(0)
+    with closing(reader_of(result, batch_size=4, num_streams=1)) as reader:
+        assert len(reader.read(0).keys) == 4

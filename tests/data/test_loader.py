@@ -38,14 +38,21 @@ def order(data_set):
 
 
 @pytest.fixture(autouse=True)
-def _no_thread_is_left():
+def _nothing_is_left():
+    foreign_threads.clear()
+    foreign_threads.update(loader_threads())
     yield
     gc.collect()
     wait_until(lambda: loader_threads() == [] and loader_processes() == [])
 
 
+foreign_threads = set()
+"""Of other tests; those of this one are compared with them."""
+
+
 def loader_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("data-")]
+    threads = (thread for thread in threading.enumerate() if thread.name.startswith("data-"))
+    return [thread for thread in threads if thread not in foreign_threads]
 
 
 def loader_processes():

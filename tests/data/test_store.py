@@ -183,19 +183,36 @@ def test_single_images_are_fetched_ahead_of_time(data_set, stores):
     assert store.read(shard, (3, 0)) == bytes_of(data_set, 3, 0)
 
 
-def threads_of_stores():
-    return [thread for thread in threading.enumerate() if thread.name.startswith(("data-shards", "data-images"))]
+@pytest.fixture
+def num_threads():
+    """How many threads stores have, without those of other tests."""
+    others = set(threading.enumerate())
+
+    def count():
+        gc.collect()
+        return sum(thread.name.startswith("data-") for thread in set(threading.enumerate()) - others)
+
+    return count
 
 
-def test_threads_and_files_end_with_the_store(data_set, stores, num_open):
-    wait_until(lambda: threads_of_stores() == [])  # those of other tests
+def test_threads_and_files_end_with_the_store(stores, num_open, num_threads):
     store = stores(20, access="ranges")
     store.expect(range(5), range(20))
     store.shard(0)
-    assert threads_of_stores()
+    assert num_threads() > 0
     assert num_open() > 0
     store.close()
-    wait_until(lambda: threads_of_stores() == [] and num_open() == 0)
+    wait_until(lambda: num_threads() == num_open() == 0)
+
+
+def test_threads_end_with_a_store_that_nobody_closed(data_set, num_threads):
+    store = ShardStore(
+        data_set.location, data_set.manifest, access="files", cache=None, budget_bytes=10**6, patience_seconds=0.0
+    )
+    store.expect(range(5), range(20))
+    store.shard(0)
+    del store
+    wait_until(lambda: num_threads() == 0)
 
 
 def test_closing_twice_does_no_harm(stores):

@@ -13,9 +13,8 @@ from data_sets import deep_png, huge_png, picture, tar_of, write_data_set
 
 from pipeline.config import PrepareConfig
 from pipeline.data.indexing import index_existing
-from pipeline.data.session import prepare_data
 from pipeline.data.verify import verify
-from pipeline.errors import UserError, WorldError
+from pipeline.errors import UserError
 
 
 def files(folder: str) -> dict[str, bytes]:
@@ -88,15 +87,6 @@ def test_shards_that_were_indexed_where_they_are_are_verified_there(tmp_path):
     assert all(str(path) in fault for fault in verify(location).faults)
     path.unlink()
     assert [fault for fault in verify(location).faults if "it is missing" in fault] == list(verify(location).faults)
-
-
-@pytest.mark.slow
-def test_the_job_names_what_is_damaged_and_ends_with_an_error(tmp_path, caplog):
-    data_set = write_data_set(tmp_path)
-    data_set.flip_a_byte(1, 3)
-    with pytest.raises(WorldError, match=r"is damaged: 1 of 24 images cannot be used; restore"):
-        prepare_data(PrepareConfig(data=data_set.location, verify=True))
-    assert any(data_set.place(1, 3)[0] in record.getMessage() for record in caplog.records)
 
 
 def test_a_cut_off_shard_loses_what_lies_behind_the_cut(tmp_path):
