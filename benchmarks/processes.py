@@ -119,9 +119,12 @@ def _watch(child: "subprocess.Popen[str]", base: Memory, deadline: float, pss: b
     while child.poll() is None:
         if time.monotonic() > deadline:
             raise ChildError("took too long")
-        now = [_memory_of(pid, pss) for pid in _family(child.pid)]
-        rss = max(rss, sum(each.rss for each in now))
-        proportional = max(proportional, sum(each.pss for each in now))
+        family = _family(child.pid)
+        now = [_memory_of(pid, pss) for pid in family]
+        # While a process begins or ends, its share of common pages would count twice.
+        if _family(child.pid) == family and all(each.rss for each in now):
+            rss = max(rss, sum(each.rss for each in now))
+            proportional = max(proportional, sum(each.pss for each in now))
         time.sleep(_PERIOD_SECONDS)
     return Memory(rss, proportional)
 
