@@ -13,9 +13,11 @@ from corpus import Corpus
 from peers import BATCH_SIZE, SEED, Open
 from torch import Tensor
 
-__all__ = ["BATCH_SIZE", "CONTENDERS", "OURS", "Contender"]
+__all__ = ["BATCH_SIZE", "CONTENDERS", "OURS", "OURS_IN_ONE_THREAD", "Contender"]
 
 OURS = "ours"
+OURS_IN_ONE_THREAD = "ours-one-thread"
+_THREADS = 2
 _CACHED_EPOCHS = 5
 
 
@@ -27,6 +29,7 @@ class Contender:
         title: What the table calls it.
         prepare: Imports, and returns how to open.
         processes: Numbers of loader processes to measure.
+        threads: Threads that read and decode where there is no loader process.
         format: The entry of ``corpus.FORMATS`` that it reads; None: made in any case.
         packages: Distributions whose versions belong to the result.
         low: Value of a black pixel; white is 1.
@@ -37,6 +40,7 @@ class Contender:
     title: str
     prepare: Callable[[Corpus, int], Open]
     processes: tuple[int, ...] = (0, 2)
+    threads: int = 1
     format: str | None = None
     packages: tuple[str, ...] = ()
     low: float = 0.0
@@ -44,14 +48,16 @@ class Contender:
     epochs: int = 1
 
 
-def _ours(corpus: Corpus, processes: int, epochs: int = 1) -> Open:
+def _ours(corpus: Corpus, processes: int, *, threads: int = _THREADS, epochs: int = 1) -> Open:
     from pipeline.config import DataConfig
     from pipeline.data.loader import Loader
     from pipeline.data.manifest import load_manifest
     from pipeline.data.order import StreamOrder
 
     def open_() -> Iterator[Tensor]:
-        config = DataConfig(data=str(corpus.shards), batch_size=BATCH_SIZE, loader_workers=processes)
+        config = DataConfig(
+            data=str(corpus.shards), batch_size=BATCH_SIZE, loader_workers=processes, decode_threads=threads
+        )
         manifest = load_manifest(config.data)
         order = StreamOrder(
             shard_sizes=manifest.shard_sizes, batch_size=BATCH_SIZE, num_streams=config.num_streams, seed=SEED
@@ -71,16 +77,26 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _ours_cached(corpus: Corpus, processes: int) -> Open:
-    return _ours(corpus, processes, 1 + _CACHED_EPOCHS)
+    return _ours(corpus, processes, epochs=1 + _CACHED_EPOCHS)
+
+
+def _ours_in_one_thread(corpus: Corpus, processes: int) -> Open:
+    return _ours(corpus, processes, threads=1)
 
 
 _ALL = (0, 1, 2)
 CONTENDERS: dict[str, Contender] = {
-    OURS: Contender(title="ours, first epoch: everything decoded", prepare=_ours, processes=_ALL, low=-1.0),
+    OURS_IN_ONE_THREAD: Contender(
+        title="ours, first epoch: everything decoded", prepare=_ours_in_one_thread, processes=(0,), low=-1.0
+    ),
+    OURS: Contender(
+        title="ours, first epoch: everything decoded", prepare=_ours, processes=_ALL, threads=_THREADS, low=-1.0
+    ),
     "ours-cached": Contender(
         title="ours, later epochs: decoded images kept in memory",
         prepare=_ours_cached,
         processes=_ALL,
+        threads=_THREADS,
         low=-1.0,
         untimed_epochs=1,
         epochs=_CACHED_EPOCHS,

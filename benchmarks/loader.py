@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from contenders import CONTENDERS, OURS
+from contenders import CONTENDERS, OURS, OURS_IN_ONE_THREAD
 from corpus import Corpus, make_corpus, offline_environment
 from processes import ChildError, run_child
 from report import MIB, machine, markdown, spread
@@ -68,7 +68,7 @@ def main(arguments: Arguments) -> None:
     """Measures everything and prints the table."""
     facts = machine()
     corpus = make_corpus(arguments.data.absolute(), arguments.source, arguments.images)
-    names = [name for name in CONTENDERS if name == OURS or name in arguments.peers]
+    names = [name for name in CONTENDERS if name in (OURS, OURS_IN_ONE_THREAD, *arguments.peers)]
     results = [
         Result(name, processes, arguments.python.get(name))
         for name in names
@@ -135,23 +135,30 @@ def _source(arguments: Arguments) -> str:
 
 
 def _table(results: list[Result], facts: dict[str, Any]) -> str:
-    head = ["loader", "processes", "images/s", "ours / this", "first batch, s", "memory, MiB", "(RSS sum, MiB)"]
-    ours = {result.processes: result.values("images_per_second") for result in results if result.name == OURS}
-    return markdown(head, [_row(result, ours.get(result.processes, [])) for result in results], facts)
+    head = ["loader", "reads in", "images/s", "ours / this", "first batch, s", "memory, MiB", "(RSS sum, MiB)"]
+    ours = {result.name: result.values("images_per_second") for result in results if result.processes == 0}
+    return markdown(head, [_row(result, ours) for result in results], facts)
 
 
-def _row(result: Result, ours: list[float]) -> list[str]:
-    title, processes = CONTENDERS[result.name].title, str(result.processes)
-    title = ", ".join([title, *(f"{name} {version}" for name, version in result.versions.items())])
+def _row(result: Result, ours: dict[str, list[float]]) -> list[str]:
+    """A line of the table; its ratio is to our first epoch with as many threads as this one has threads or processes.
+
+    Where there is one loader process beside an idle main process, that is one thread.
+    """
+    contender = CONTENDERS[result.name]
+    title = ", ".join([contender.title, *(f"{name} {version}" for name, version in result.versions.items())])
+    number, unit = (result.processes, "process") if result.processes else (contender.threads, "thread")
+    reads_in = f"{number} {unit}" + ("" if number == 1 else "es" if result.processes else "s")
     if result.failed:
-        return [title, processes, f"failed: {result.failed.replace('|', '/')}", "", "", "", ""]
+        return [title, reads_in, f"failed: {result.failed.replace('|', '/')}", "", "", "", ""]
+    same = ours[OURS_IN_ONE_THREAD if number == 1 else OURS]
     speeds, waits = result.values("images_per_second"), result.values("first_batch_seconds")
     memory = result.memory_growth
     return [
         title,
-        processes,
+        reads_in,
         spread(speeds),
-        f"{statistics.median(ours) / statistics.median(speeds):.2f}" if ours else "",
+        f"{statistics.median(same) / statistics.median(speeds):.2f}" if same else "",
         spread(waits, ".2f") if waits else "",
         f"{memory['pss'] / MIB:,.0f}",
         f"{memory['rss'] / MIB:,.0f}",

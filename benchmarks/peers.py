@@ -41,12 +41,12 @@ def to_bytes(image: Image.Image) -> Tensor:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """float32 [C, H, W] in [0, 1], as ``torchvision.transforms.ToTensor`` gives it."""
-    return to_bytes(image).float().div(255)
+    return to_bytes(image).float().div_(255)
 
 
 def to_floats(batches: Iterable[Tensor]) -> Iterator[Tensor]:
     """uint8 batches to float32 in [0, 1]."""
-    return (batch.float().div(255) for batch in batches)
+    return (batch.float().div_(255) for batch in batches)
 
 
 def _decode_bytes(data: bytes) -> Tensor:
