@@ -19,11 +19,11 @@ from processes import own_memory, peak_since_reset, ready, reset_peak, run_child
 from report import MIB, machine, markdown
 
 from pipeline.config import DataConfig, PrepareConfig
-from pipeline.data.batches import plan_reading
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import load_manifest
 from pipeline.data.order import StreamOrder
 from pipeline.data.prepare import prepare
+from pipeline.data.read_plan import plan_reading
 from pipeline.data.sources import Sample, sample_key
 
 _SIZE = 256

@@ -126,6 +126,7 @@ class DataConfig:
         _check(self.decode_threads >= 1, "--decode-threads", self.decode_threads, "at least 1")
         _check(self.loader_cache_bytes >= 0, "--loader-cache-bytes", self.loader_cache_bytes, "at least 0")
         _check(self.prefetch_batches >= 1, "--prefetch-batches", self.prefetch_batches, "at least 1")
+        _check_folder("--cache-dir", self.cache_dir)
         _check(self.cache_bytes >= 1, "--cache-bytes", self.cache_bytes, "at least 1")
         _check(0 <= self.max_bad_fraction <= 1, "--max-bad-fraction", self.max_bad_fraction, "in [0, 1]")
         _check(
@@ -263,6 +264,7 @@ class TrainConfig:
         for flag in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "grid_images"):
             _check(getattr(self, flag) >= 1, "--" + flag.replace("_", "-"), getattr(self, flag), "at least 1")
         _check_name(self.name)
+        _check_folder("--audit-dir", self.audit_dir)
         _check(
             self.data.num_streams % self.cluster.num_workers == 0,
             "--num-workers",
@@ -463,6 +465,12 @@ def _typed(value: Any, hint: Any) -> Any:
 def _check(ok: bool, flag: str, given: Any, allowed: str) -> None:
     if not ok:
         raise UserError(f"{flag} {given}: must be {allowed}")
+
+
+def _check_folder(flag: str, folder: str | None) -> None:
+    """Workers run elsewhere, where a relative path means another folder, and take s3:// for no folder at all."""
+    if folder is not None and not folder.startswith(("/", "~")):
+        raise UserError(f"{flag} {folder}: must be an absolute path on the workers' machines, or begin with ~")
 
 
 def _check_name(name: str | None) -> None:

@@ -59,7 +59,8 @@ def encode_image(pixels: Tensor, image_format: str, quality: int = 95) -> bytes:
 def decode_into(data: bytes, out: np.ndarray) -> None:
     """Decodes a PNG, JPEG or WebP file into ``out``, uint8 [H, W, 1 or 3].
 
-    Nothing is converted: an image of another size, depth or number of channels is an error. The size is compared with
+    Nothing is converted (palettes and single bits are written out): an image of another size, depth or number of
+    channels is an error. The size is compared with
     ``out`` before memory is allocated, so a file that claims to be huge is refused at once.
 
     Raises:
@@ -68,7 +69,7 @@ def decode_into(data: bytes, out: np.ndarray) -> None:
     decode = _DECODERS.get(data[:3])
     if decode is None:
         raise ValueError("not a PNG, JPEG or WebP image")
-    if data[:3] == _JPEG and _END_OF_JPEG not in data[-_TRAILER_BYTES:]:
+    if data[:3] == _JPEG and data.find(_END_OF_JPEG, _start_of_scan(data)) < 0:
         # The decoder would fill what is missing with grey.
         raise ValueError("not a readable image: the JPEG file is cut off")
     # Grey images are decoded as [H, W]; a view of the one channel is the same memory.
@@ -96,9 +97,16 @@ def _other_shape(data: bytes, expected: tuple[int, ...]) -> str:
     )
 
 
+def _start_of_scan(data: bytes) -> int:
+    """Where the coded image of a JPEG begins: after the segments, one of which may hold a thumbnail, another JPEG."""
+    offset = 2
+    while data[offset : offset + 1] == b"\xff" and data[offset + 1 : offset + 2] not in (b"", b"\xda"):
+        offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
+    return offset
+
+
 _JPEG = b"\xff\xd8\xff"
-_END_OF_JPEG = b"\xff\xd9"  # cannot occur within the coded image
-_TRAILER_BYTES = 4096  # some cameras and tools append something
+_END_OF_JPEG = b"\xff\xd9"  # within the coded image 0xff is followed by 0x00
 # By the first bytes of a file. All of them release Python's lock and decode straight into a given array.
 _DECODERS = {
     b"\x89PN": imagecodecs.png_decode,

@@ -250,3 +250,9 @@ def test_a_seed_at_the_top_of_its_range_is_accepted():
 
 def test_schedule_values_are_left_to_the_schedule_itself():
     assert ScheduleConfig(T=0).T == 0
+
+
+@pytest.mark.parametrize("knobs", [{"audit_dir": "audit"}, {"audit_dir": "s3://b/audit"}, {"cache_dir": "cache"}])
+def test_a_folder_of_the_workers_must_be_absolute(knobs):
+    with pytest.raises(UserError, match="must be an absolute path"):
+        from_flat(TrainConfig, knobs)

@@ -223,3 +223,13 @@ def test_a_small_grid_is_enlarged_by_whole_pixels():
 
 def test_a_grid_that_is_wide_enough_is_not_enlarged():
     assert image_grid(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), min_side=8, gap=0).shape == (1, 8, 8)
+
+
+def test_a_jpeg_with_a_long_trailer_is_read_and_one_cut_behind_its_thumbnail_is_refused():
+    plain = encode_image(some_pixels(3), "jpeg", 90)
+    assert decode(plain + b"\x00movie" * 5000, some_pixels(3).shape).shape == some_pixels(3).shape
+    thumbnail = b"Exif\0\0" + plain
+    with_thumbnail = plain[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(thumbnail)) + thumbnail + plain[2:]
+    assert np.array_equal(decode(with_thumbnail, some_pixels(3).shape), decode(plain, some_pixels(3).shape))
+    with pytest.raises(ValueError, match="cut off"):
+        decode(with_thumbnail[:-10], some_pixels(3).shape)

@@ -1,7 +1,6 @@
 """The batch of a step, read from shards: a plain function of the step, with caches behind it."""
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,28 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import storage
 from pipeline.config import DataConfig
 from pipeline.data.disk_cache import DiskCache
 from pipeline.data.faults import DataError, TooMuchDamageError
+from pipeline.data.image_cache import ImageCache
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import Position, StreamOrder, streams_of_rank
+from pipeline.data.read_plan import AHEAD_STEPS, AHEAD_STEPS_OF_IMAGES, plan_reading
 from pipeline.data.shards import decode_sample
-from pipeline.data.store import INDEX_BYTES_PER_IMAGE, Access, OpenShard, ShardStore
+from pipeline.data.store import OpenShard, ShardStore
 from pipeline.data.threads import Threads
 from pipeline.draws import Purpose, generator
-from pipeline.errors import UserError, WorldError
+from pipeline.errors import WorldError
 from pipeline.images import to_model_range
 
-__all__ = ["AHEAD_STEPS", "Batch", "BatchReader", "Part", "ReadPlan", "join", "plan_reading"]
+__all__ = ["Batch", "BatchReader", "Part", "join"]
 
 logger = logging.getLogger(__name__)
 
-AHEAD_STEPS = 64
-"""Shards that these many steps will need are opened ahead of time."""
-_AHEAD_STEPS_OF_IMAGES = 4
 _MAX_SUBSTITUTES = 100
-_CACHE_OVERHEAD_BYTES = 130  # of the dictionary entry beside a cached image
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,86 +83,6 @@ def join(step: int, streams: Sequence[int], parts: Sequence[Part], labelled: boo
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReadPlan:
-    """How one worker will read a data set, and the memory that it takes at most.
-
-    Attributes:
-        access: How shards are read; see ``store``.
-        shards_at_once: Most shards that a batch touches.
-        cache_bytes: Decoded images that are kept.
-        shard_bytes: Whole shards, their indexes, and single images on their way.
-        batch_bytes: Batches prepared ahead.
-        loader_workers: Processes that share the work; 0: a thread.
-    """
-
-    access: Access
-    shards_at_once: int
-    cache_bytes: int
-    shard_bytes: int
-    batch_bytes: int
-    loader_workers: int
-
-    @property
-    def bound(self) -> int:
-        """Bytes that reading takes at most in a worker, without the interpreters of loader processes."""
-        return self.cache_bytes + self.shard_bytes + self.batch_bytes
-
-    def formula(self) -> str:
-        """The bound in words."""
-        how = {"files": "shards read as files", "memory": "whole shards in memory", "ranges": "an image a request"}
-        processes = f" + {self.loader_workers} loader processes of about 200 MiB" if self.loader_workers else ""
-        sizes = [f"{size / 2**20:,.0f} MiB" for size in (self.cache_bytes, self.shard_bytes, self.batch_bytes)]
-        return (
-            f"{sizes[0]} decoded images (at most loader_cache_bytes) + {sizes[1]} shards and indexes "
-            f"({how[self.access]}, {self.shards_at_once} at once) + {sizes[2]} batches ahead{processes}"
-        )
-
-
-def plan_reading(config: DataConfig, manifest: Manifest, location: str, *, num_workers: int) -> ReadPlan:
-    """Chooses how to read, from the sizes in the manifest alone.
-
-    Raises:
-        UserError: The disk cache is too small for the shards that one worker reads at once.
-    """
-    batch = config.batch_size // num_workers
-    streams = max(1, config.num_streams // num_workers)
-    sizes = manifest.shard_sizes
-    at_once = _shards_at_once(sizes, streams, config.batch_size // config.num_streams)
-    largest = max(shard.num_bytes for shard in manifest.shards)
-    remote = any(storage.is_remote(shard.name) for shard in manifest.shards) or storage.is_remote(location)
-    access: Access = "files"
-    if remote and not config.cache_dir:
-        access = "memory" if at_once * largest <= config.loader_cache_bytes else "ranges"
-    if config.cache_dir and config.cache_bytes < at_once * largest:
-        raise UserError(
-            f"--cache-bytes {config.cache_bytes}: a worker reads {at_once} shards of up to {largest} bytes at once; "
-            f"give at least {at_once * largest}, smaller shards, or fewer --num-streams"
-        )
-    needed = at_once * (max(sizes) * INDEX_BYTES_PER_IMAGE + (largest if access == "memory" else 0))
-    shard_bytes = max(needed, config.loader_cache_bytes if access == "memory" else config.loader_cache_bytes // 4)
-    all_shards = manifest.num_images * INDEX_BYTES_PER_IMAGE
-    all_shards += sum(shard.num_bytes for shard in manifest.shards) if access == "memory" else 0
-    images_on_the_way = batch * (1 + _AHEAD_STEPS_OF_IMAGES) * manifest.largest_image_bytes if access == "ranges" else 0
-    image_bytes = math.prod(manifest.image_shape)
-    return ReadPlan(
-        access=access,
-        shards_at_once=at_once,
-        cache_bytes=min(config.loader_cache_bytes, manifest.num_images * (image_bytes + _CACHE_OVERHEAD_BYTES)),
-        shard_bytes=min(shard_bytes, all_shards) + images_on_the_way,
-        # Prefetched, in the making and in use: float32 and the uint8 that it is made from.
-        batch_bytes=batch * image_bytes * (4 + 1) * (config.prefetch_batches + 2),
-        loader_workers=config.loader_workers,
-    )
-
-
-def _shards_at_once(sizes: Sequence[int], streams: int, images_per_stream: int) -> int:
-    """Most shards that a batch touches: two at the ends of each stream's images, and whole ones between them."""
-    ends = np.cumsum(np.sort(np.asarray(sizes)))
-    between = int(np.searchsorted(ends, streams * max(0, images_per_stream - 2), side="right"))
-    return min(len(sizes), 2 * streams + between)
-
-
 class BatchReader:
     """Reads one worker's batch of any step, or one part of it where several processes share the work.
 
@@ -215,7 +131,7 @@ class BatchReader:
             budget_bytes=plan.shard_bytes // count,
             patience_seconds=config.storage_patience_seconds,
         )
-        self._cache = _ImageCache(manifest.image_shape, manifest.num_images, plan.cache_bytes // count)
+        self._cache = ImageCache(manifest.image_shape, manifest.num_images, plan.cache_bytes // count)
         self._first_images = np.concatenate([[0], np.cumsum(manifest.shard_sizes)[:-1]])
         self._look_again_at = 0
         self._decoders = Threads(threads - 1, "data-decode")
@@ -276,11 +192,13 @@ class BatchReader:
             self._look_again_at = step + AHEAD_STEPS // 2
         if self._access != "ranges":
             return
-        for later in range(step, step + 1 + _AHEAD_STEPS_OF_IMAGES):
+        ahead_of_time: list[Position] = []
+        for later in range(step, step + 1 + AHEAD_STEPS_OF_IMAGES):
             shards, images = (places[self._slots] for places in self._order.locate(later, self.streams))
             held = self._cache.holds(self._first_images[shards] + images)
             places = zip(shards.tolist(), images.tolist(), held, strict=True)
-            self._store.expect_images((shard, image) for shard, image, is_held in places if not is_held)
+            ahead_of_time += ((shard, image) for shard, image, is_held in places if not is_held)
+        self._store.expect_images(ahead_of_time)
 
     def _fill(self, places: "list[_Place]", pixels: np.ndarray) -> dict[int, DataError]:
         """Reads and decodes images into their places, in several threads; returns the faults by slot."""
@@ -354,37 +272,3 @@ class _Place(NamedTuple):
     slot: int
     shard: OpenShard
     position: Position
-
-
-class _ImageCache:
-    """Decoded images, kept until the budget is full and then for good: a small data set is decoded once.
-
-    Nothing is dropped for something newer: every epoch is a fresh permutation, so what was read last is no likelier to
-    come next, and a data set that does not fit still gets a hit for every image that is held.
-    """
-
-    def __init__(self, shape: tuple[int, int, int], num_images: int, budget_bytes: int) -> None:
-        capacity = min(num_images, budget_bytes // (math.prod(shape) + _CACHE_OVERHEAD_BYTES))
-        # The system gives memory to the array row by row, as it is written.
-        self._pixels = np.empty((capacity, *shape), dtype=np.uint8)
-        self._rows: dict[int, int] = {}
-
-    def copy_to(self, numbers: np.ndarray, out: np.ndarray) -> list[bool]:
-        """Copies the images that are held to their places; tells which."""
-        rows = self._rows_of(numbers)
-        held = rows >= 0
-        out[held] = self._pixels[rows[held]]
-        return [bool(each) for each in held]
-
-    def holds(self, numbers: np.ndarray) -> list[bool]:
-        """Which images are held."""
-        return [row >= 0 for row in self._rows_of(numbers).tolist()]
-
-    def _rows_of(self, numbers: np.ndarray) -> np.ndarray:
-        return np.array([self._rows.get(number, -1) for number in numbers.tolist()], dtype=np.int64)
-
-    def offer(self, number: int, pixels: np.ndarray) -> None:
-        row = len(self._rows)
-        if row < len(self._pixels) and number not in self._rows:
-            self._pixels[row] = pixels
-            self._rows[number] = row

@@ -89,7 +89,8 @@ class DiskCache:
                     return None
                 # Opened before anybody can find it and drop it again.
                 descriptor = os.open(partial, os.O_RDONLY)
-            partial.replace(partial.with_suffix(_WHOLE))
+            with self._lock("all"):  # whoever adds up the sizes sees the file under one of its names
+                partial.replace(partial.with_suffix(_WHOLE))
             return descriptor
         except _MissingSourceError as error:
             raise FileNotFoundError(location) from error

@@ -32,7 +32,7 @@ class Loader(Iterator[T], Generic[T]):
 
     Every rank gives the same number of batches, whatever the sizes of the shards. There is no state to save: a new
     loader with another ``start_step`` goes on where this one stopped, with any number of workers or loader processes.
-    ``batches.plan_reading`` states the memory that it takes.
+    ``read_plan.plan_reading`` states the memory that it takes.
 
     Args:
         location: The data set's folder, local or ``s3://``.

@@ -6,7 +6,8 @@ shards do not fit into memory and there is no disk cache, each image is fetched 
 """
 
 import os
-from collections.abc import Iterable, Iterator, Set
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ class _Bytes(Protocol):
     def read(self, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset``; fewer where the shard ends."""
 
-    def close(self) -> None:
+    @property
+    def close(self) -> Callable[[], object]:
         """Gives back what is held."""
 
 
@@ -122,10 +124,12 @@ class ShardStore:
         return all(shard in self._shards for shard in shards)
 
     def expect_images(self, positions: Iterable[Position]) -> None:
-        """Begins to fetch single images; only for access "ranges"."""
-        for position in positions:
-            if position not in self._images:
-                self._images[position] = self._fetching.submit(partial(self._fetch, position))
+        """Begins to fetch single images, and forgets those no longer expected; only for access "ranges"."""
+        before = self._images
+        self._images = {
+            position: before.get(position) or self._fetching.submit(partial(self._fetch, position))
+            for position in positions
+        }
 
     def shard(self, number: int) -> OpenShard:
         """An open shard; waits for it.
@@ -206,7 +210,7 @@ class ShardStore:
         patience = self._patience_seconds
         if not storage.is_remote(path):
             return _File(os.open(path, os.O_RDONLY), path)
-        if self._cache is not None:
+        if self._cache is not None and not aside:
             descriptor = self._cache.open(path, self._manifest.shards[number], patience_seconds=patience)
             # A damaged shard is not kept; what is whole in it can still be read.
             return _Ranges(path, patience) if descriptor is None else _File(descriptor, path)
@@ -218,6 +222,7 @@ class ShardStore:
 class _File:
     def __init__(self, descriptor: int, path: str) -> None:
         self._descriptor, self._path = descriptor, path
+        self.close = weakref.finalize(self, os.close, descriptor)
         # Images are read in random order, which defeats the system's own reading ahead.
         with suppress(OSError, AttributeError):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
@@ -227,9 +232,6 @@ class _File:
             return os.pread(self._descriptor, size, offset)
         except OSError as error:
             raise WorldError(f"cannot read shard {self._path} at byte {offset}: {error.strerror or error}") from error
-
-    def close(self) -> None:
-        os.close(self._descriptor)
 
 
 class _Memory:

@@ -36,6 +36,7 @@ class Threads:
 
     def submit(self, call: Callable[[], T]) -> "Future[T]":
         """Queues a call; its result, or what it raises, is in the future."""
+        assert self.stop.alive, "the threads have ended, nobody would do it"
         future: Future[T] = Future()
 
         def run() -> None:

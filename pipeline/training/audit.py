@@ -14,11 +14,10 @@ from typing import IO
 
 from torch import Tensor
 
-from pipeline import storage
 from pipeline.data.loader import Batch
-from pipeline.errors import UserError, WorldError
+from pipeline.errors import WorldError
 
-__all__ = ["AuditLog", "check_audit_dir"]
+__all__ = ["AuditLog"]
 
 
 class AuditLog:
@@ -68,9 +67,3 @@ class AuditLog:
         """Closes the file."""
         if self._file is not None:
             self._file.close()
-
-
-def check_audit_dir(folder: str | None) -> None:
-    """Raises UserError for a folder that cannot be appended to."""
-    if folder is not None and storage.is_remote(folder):
-        raise UserError(f"--audit-dir {folder}: objects of s3:// cannot be appended to; give a local or shared folder")

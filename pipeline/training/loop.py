@@ -155,8 +155,8 @@ class Meter:
         self._worker = worker
         self._data, self._order = task.config.data, task.order
         self._from_step = start
-        self._bad = torch.zeros(2, dtype=torch.int64)  # images of the window, images of the epoch
-        self._epoch = -1
+        self._bad: dict[int, int] = {}  # damaged images by epoch, of the epochs that the window touches
+        self._bad_before = 0  # those of its first epoch that were counted in an earlier window
         self._started = time.perf_counter()
         self._waited = 0.0
         self._loss_sum = torch.zeros((), device=worker.device)
@@ -167,10 +167,7 @@ class Meter:
     def add(self, step: int, loss: Tensor, grad_norm: Tensor, num_bad: int) -> None:
         """Adds one step without waiting for the device."""
         epoch = step // self._order.batches_per_epoch
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._bad[1] = 0
-        self._bad += num_bad
+        self._bad[epoch] = self._bad.get(epoch, 0) + num_bad
         self._loss_sum += loss
         self._grad_norm = grad_norm
         bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
@@ -183,7 +180,8 @@ class Meter:
             HopelessError: A loss or gradient of the window was not finite, or too much of the data is damaged; nothing
                 of the window is logged or saved.
         """
-        bad = self._bad.to(self._worker.device, copy=True)  # summed in place below
+        # The same epochs on all ranks, since all take the same steps.
+        bad = torch.tensor([self._bad_before, *self._bad.values()], device=self._worker.device)
         if self._worker.num_workers > 1:
             dist.all_reduce(self._loss_sum)
             dist.all_reduce(self._first_bad, op=dist.ReduceOp.MIN)
@@ -194,10 +192,10 @@ class Meter:
                 f"the loss or its gradient is not finite at step {first_bad}; the last checkpoint before it is kept. "
                 f"Lower --lr or --grad-clip, or look at the images of that step"
             )
-        bad_in_window, bad_in_epoch = bad.tolist()
-        if bad_in_epoch > self._data.max_bad_fraction * self._order.images_per_epoch:
+        bad_before, *bad_by_epoch = bad.tolist()
+        if (worst := max(bad_by_epoch, default=0)) > self._data.max_bad_fraction * self._order.images_per_epoch:
             raise HopelessError(
-                str(TooMuchDamageError(bad_in_epoch, self._order.images_per_epoch, self._data.max_bad_fraction))
+                str(TooMuchDamageError(worst, self._order.images_per_epoch, self._data.max_bad_fraction))
             )
         num_steps = done - self._from_step
         seconds = time.perf_counter() - self._started
@@ -210,11 +208,13 @@ class Meter:
             "perf/images_per_second": num_steps * self._data.batch_size / seconds,
             "perf/step_seconds": seconds / num_steps,
             "perf/data_wait_ratio": min(1.0, (wait_seconds - self._waited) / seconds),
-            "data/bad_images": bad_in_window,
+            "data/bad_images": sum(bad_by_epoch) - bad_before,
         }
         self._from_step, self._waited = done, wait_seconds
         self._loss_sum.zero_()
-        self._bad[0] = 0
+        for finished in list(self._bad)[:-1]:
+            del self._bad[finished]
+        self._bad_before = sum(self._bad.values())
         self.restart()
         return record
 

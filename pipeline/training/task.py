@@ -10,14 +10,13 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.config import TrainConfig, as_params, changes, from_flat, to_flat
-from pipeline.data.batches import ReadPlan, plan_reading
 from pipeline.data.manifest import Manifest, load_manifest
 from pipeline.data.order import StreamOrder
+from pipeline.data.read_plan import ReadPlan, plan_reading
 from pipeline.diffusion.unet import num_parameters
 from pipeline.errors import UserError
 from pipeline.generation import check_sampling
 from pipeline.model_folder import build_schedule, build_unet
-from pipeline.training.audit import check_audit_dir
 
 __all__ = ["DryRun", "TrainingTask", "check_model", "differences", "dry_run", "plan"]
 
@@ -125,7 +124,6 @@ def plan(config: TrainConfig) -> TrainingTask:
         )
     assert task.order.batches_per_epoch > 0
     task.read_plan()
-    check_audit_dir(config.audit_dir)
     return task
 
 

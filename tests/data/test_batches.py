@@ -32,8 +32,9 @@ from data_sets import (
 
 from pipeline.data import batches as batches_module
 from pipeline.data import store as store_module
-from pipeline.data.batches import BatchReader, plan_reading
+from pipeline.data.batches import BatchReader
 from pipeline.data.faults import DataError, TooMuchDamageError
+from pipeline.data.read_plan import plan_reading
 from pipeline.errors import UserError, WorldError
 from pipeline.images import to_model_range
 

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import DataConfig
-from pipeline.data.batches import plan_reading
 from pipeline.data.loader import Batch, Loader
 from pipeline.data.manifest import Manifest, index_name, shard_name
 from pipeline.data.order import StreamOrder, streams_of_rank
 from pipeline.data.prepare import Finished, write_manifest
+from pipeline.data.read_plan import plan_reading
 from pipeline.data.shards import encode_shard, index_shard
 from pipeline.data.sources import Sample
 

@@ -13,7 +13,7 @@ from worlds import run_one, run_world, small_task, with_knobs
 from pipeline.config import OptimizerConfig
 from pipeline.data.loader import Loader
 from pipeline.errors import WorldError
-from pipeline.training.loop import is_due, learning_rate, noise_of
+from pipeline.training.loop import HopelessError, Meter, Worker, is_due, learning_rate, noise_of
 from pipeline.training.task import TrainingTask
 
 STATE_FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt")
@@ -160,3 +160,29 @@ def test_cosine_decay_falls_from_lr_to_zero() -> None:
 
 def test_something_periodic_is_due_on_its_period_and_after_the_last_step() -> None:
     assert [done for done in range(1, 8) if is_due(done, 3, 7)] == [3, 6, 7]
+
+
+def meter_of(task: TrainingTask) -> Meter:
+    worker = Worker(rank=0, num_workers=1, device=torch.device("cpu"), wrap=lambda m: m, log=print, commit=print)
+    return Meter(task, worker, 0)
+
+
+def test_damage_is_counted_by_window_and_judged_by_epoch_also_when_an_epoch_ends_within_a_window(
+    tmp_path: Path,
+) -> None:
+    task = small_task(tmp_path, on_bad_data="skip", max_bad_fraction=3 / 1788)  # 3 images of an epoch of 149 steps
+    zero = torch.zeros(())
+
+    def feed(meter: Meter, steps: range, bad: dict[int, int]) -> float:
+        for step in steps:
+            meter.add(step, zero, zero, bad.get(step, 0))
+        return meter.summary(steps.stop, 0.0, 0.0)["data/bad_images"]
+
+    meter = meter_of(task)
+    assert feed(meter, range(0, 100), {5: 2}) == 2
+    assert feed(meter, range(100, 160), {120: 1, 155: 3}) == 4  # three in each epoch: not too many
+    assert feed(meter, range(160, 170), {}) == 0
+    with pytest.raises(HopelessError, match=r"4 of the 1788 images .* --max-bad-fraction"):
+        feed(meter, range(170, 180), {175: 1})
+    with pytest.raises(HopelessError, match="4 of the 1788"):
+        feed(meter_of(task), range(0, 310), {10: 4})  # in an epoch that is over when the window ends
