@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -10,6 +11,7 @@ from typing import TypeVar
 __all__ = ["Threads"]
 
 T = TypeVar("T")
+_JOIN_SECONDS = 1.0
 
 
 class Threads:
@@ -28,7 +30,7 @@ class Threads:
         for thread in self._threads:
             thread.start()
         # Whoever forgets to stop them leaves none behind.
-        self.stop = weakref.finalize(self, _end, self._tasks, count)
+        self.stop = weakref.finalize(self, _end, self._tasks, self._threads)
 
     def __len__(self) -> int:
         """How many."""
@@ -49,9 +51,15 @@ class Threads:
         return future
 
 
-def _end(tasks: "queue.SimpleQueue[Callable[[], None] | None]", count: int) -> None:
-    for _ in range(count):
+def _end(tasks: "queue.SimpleQueue[Callable[[], None] | None]", threads: list[threading.Thread]) -> None:
+    for _ in threads:
         tasks.put(None)
+    # Threads that still run when the interpreter ends are a known cause of crashes at that moment. One that waits for
+    # storage is left to itself.
+    give_up = time.monotonic() + _JOIN_SECONDS
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(timeout=max(0.0, give_up - time.monotonic()))
 
 
 def _work(tasks: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
