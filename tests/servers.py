@@ -142,6 +142,8 @@ def seaweedfs(program: str, folder: Path) -> Iterator[S3Server]:
         f"-s3.port={s3}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}",
         f"-admin.port={admin}", f"-s3.config={folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0",
         "-webdav=false", "-admin.ui=false", "-master.telemetry=false",
+        # A bucket takes volumes of its own, and the default number, which follows the free disk space, is soon used up.
+        "-volume.max=10000", "-master.volumeSizeLimitMB=64",
     ]  # fmt: skip
     endpoint = f"http://127.0.0.1:{s3}"
     try:

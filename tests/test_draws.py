@@ -109,6 +109,8 @@ def test_purposes_keep_their_numbers():
         "DROPOUT": 7,
         "SAMPLE": 8,
         "SAMPLE_STEP": 9,
+        "SUBSTITUTE": 10,
+        "HOLDOUT": 11,
     }
 
 
