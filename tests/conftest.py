@@ -77,3 +77,10 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real MLflow server for the whole session; only for slow tests."""
     with mlflow_server(tmp_path_factory.mktemp("mlflow-server")) as uri:
         yield uri
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever needs a real server is slow, wherever it stands."""
+    for item in items:
+        if {"s3", "mlflow_uri"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
