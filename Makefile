@@ -61,7 +61,7 @@ test: lint types ## All checks and tests
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-fast: lint types ## Without the tests that start real clusters
-	@$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	@$(BIN)/python -m pytest -m 'not slow' -n auto $(ARGS)
 
 clean: ## Remove .venv and caches; runs and data sets are not touched
 	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

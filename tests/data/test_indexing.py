@@ -129,7 +129,7 @@ def test_shards_by_img2dataset_s_conventions_are_indexed_without_a_change_and_fi
     for key, pixels in zip(part.keys, part.pixels, strict=True):
         with Image.open(io.BytesIO(picture("RGB", shapes[numbers[key]], "JPEG", seed=numbers[key]))) as image:
             expected = fit_image(image, 8, 3, "center")
-        assert torch.equal(pixels.permute(2, 0, 1), expected)
+        assert torch.equal(torch.from_numpy(pixels).permute(2, 0, 1), expected)
 
 
 @pytest.mark.parametrize("crop", ["center", "pad", "stretch"])
