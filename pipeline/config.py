@@ -20,8 +20,10 @@ from pipeline.errors import UserError
 
 __all__ = [
     "ClusterConfig",
+    "ComputeConfig",
     "DataConfig",
     "EvaluateConfig",
+    "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PrepareConfig",
@@ -82,11 +84,16 @@ class ModelConfig:
     """Resolutions that get self-attention, pixels."""
     dropout: float = 0.0
     """Dropout probability inside residual blocks."""
+    prediction: Literal["eps", "v", "x_0"] = "eps"
+    """What the network predicts: the noise, v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0, or the image."""
+    num_classes: int = 0
+    """Classes that the network is told (shards with labels); 0: unconditional."""
 
     def __post_init__(self) -> None:
         _check(self.image_size >= 1, "--image-size", self.image_size, "at least 1")
         _check(self.image_channels in (1, 3), "--image-channels", self.image_channels, "1 (grey) or 3 (RGB)")
         _check(0 <= self.dropout < 1, "--dropout", self.dropout, "in [0, 1)")
+        _check(self.num_classes >= 0, "--num-classes", self.num_classes, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +105,7 @@ class DataConfig:
     batch_size: int = 64
     """Images of a global batch, over all workers."""
     num_streams: int = 16
-    """Canonical streams; divides batch_size, and the number of workers divides it. Part of the image order."""
+    """Canonical streams; divides batch_size, at least one for each worker. Part of the image order."""
     random_flip: bool = False
     """Mirror each image with probability 1/2."""
     loader_workers: int = 0
@@ -162,6 +169,8 @@ class OptimizerConfig:
     """Decay of the weight average, per step."""
     ema_warmup: bool = True
     """Use min(ema_decay, (1 + step) / (10 + step)), so that early averages forget the initial weights."""
+    ema_power: tuple[float, ...] = ()
+    """Relative widths of power-function averages kept beside the EMA (EDM2), e.g. 0.05 0.10; any width can follow."""
 
     def __post_init__(self) -> None:
         _check(0 < self.lr < math.inf, "--lr", self.lr, "above 0 and finite")
@@ -169,24 +178,84 @@ class OptimizerConfig:
         _check(self.lr_warmup_steps >= 0, "--lr-warmup-steps", self.lr_warmup_steps, "at least 0")
         _check(self.grad_clip >= 0, "--grad-clip", self.grad_clip, "at least 0")
         _check(0 <= self.ema_decay < 1, "--ema-decay", self.ema_decay, "in [0, 1)")
+        for sigma_rel in self.ema_power:
+            _check(0 < sigma_rel < 0.28, "--ema-power", sigma_rel, "above 0 and below 0.28")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What is minimised."""
+
+    loss_weighting: Literal["simple", "min-snr"] = "simple"
+    """simple: DDPM's unweighted squared error of eps; min-snr: clamped signal-to-noise ratio (2303.09556)."""
+    min_snr_gamma: float = 5.0
+    """Where min-snr clamps."""
+    label_dropout: float = 0.1
+    """Part of the labels that is hidden from a class-conditional network, for classifier-free guidance."""
+
+    def __post_init__(self) -> None:
+        _check(self.min_snr_gamma > 0, "--min-snr-gamma", self.min_snr_gamma, "above 0")
+        _check(0 <= self.label_dropout <= 1, "--label-dropout", self.label_dropout, "in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How a step is computed."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the network: float32, or autocast to bfloat16, or to float16 with a loss scaler."""
+    tf32: bool = True
+    """Let GPUs that have it compute float32 products in TF32 (10 bits of mantissa)."""
+    micro_batch_size: int | None = None
+    """Most images that a worker puts through the network at once; gradients of its part of the batch are added up."""
+    compile: bool = False
+    """Compile the network with torch.compile: minutes at the start, faster steps on a GPU."""
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size is not None:
+            _check(self.micro_batch_size >= 1, "--micro-batch-size", self.micro_batch_size, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
     """Ray workers of this job."""
 
-    num_workers: int = 2
-    """Workers: DDP processes when training, sampling actors when evaluating."""
+    num_workers: int | str = 2
+    """Workers that train (DDP) or sample; MIN:MAX trains with as many as there are, while nodes come and go."""
     use_gpu: bool = False
     """One GPU for each worker."""
     cpus_per_worker: int = 1
     """CPU cores and torch threads of each worker."""
     max_failures: int = 3
     """Worker failures after which the job gives up; each restarts from the last checkpoint."""
+    resize_seconds: float = 60.0
+    """How often training with MIN:MAX workers looks whether it may grow, seconds."""
+    worker_timeout_seconds: float = 300.0
+    """A worker awaited for longer (and storage_patience_seconds) counts as hung; training restarts. Seconds."""
 
     def __post_init__(self) -> None:
-        _check(self.num_workers >= 1, "--num-workers", self.num_workers, "at least 1")
+        allowed = "a whole number from 1 on, or MIN:MAX with 1 <= MIN <= MAX, for example 2:8"
+        words = str(self.num_workers).split(":")
+        _check(
+            len(words) <= 2 and all(word.isascii() and word.isdigit() for word in words),
+            "--num-workers",
+            self.num_workers,
+            allowed,
+        )
+        _check(1 <= self.min_workers <= self.max_workers, "--num-workers", self.num_workers, allowed)
+        _check(self.resize_seconds > 0, "--resize-seconds", self.resize_seconds, "above 0")
+        _check(self.worker_timeout_seconds > 0, "--worker-timeout-seconds", self.worker_timeout_seconds, "above 0")
         _check(self.cpus_per_worker >= 1, "--cpus-per-worker", self.cpus_per_worker, "at least 1")
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest workers to train with."""
+        return int(str(self.num_workers).partition(":")[0])
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers to train with; equals ``min_workers`` unless ``num_workers`` is MIN:MAX."""
+        return int(str(self.num_workers).rpartition(":")[2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,12 +319,18 @@ class TrainConfig:
     """Resumable checkpoints kept in storage; published weights are kept in MLflow."""
     grid_images: int = 64
     """Images of the sample grid logged with every checkpoint."""
+    quality_images: int = 256
+    """Images of a rough Frechet distance measured for every checkpoint beside training, to see a trend; 0: none."""
+    quality_gpus: float = 0.0
+    """GPUs for that measurement and the grid, beside those of the workers; 0: idle CPU time."""
     audit_dir: str | None = None
     """Local folder where each worker notes which images, timesteps and noise every step used (JSON lines)."""
     data: DataConfig = field(default_factory=DataConfig)
     diffusion: ScheduleConfig = field(default_factory=ScheduleConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
@@ -266,10 +341,17 @@ class TrainConfig:
         _check_name(self.name)
         _check_folder("--audit-dir", self.audit_dir)
         _check(
-            self.data.num_streams % self.cluster.num_workers == 0,
+            self.quality_images == 0 or self.quality_images >= 2,
+            "--quality-images",
+            self.quality_images,
+            "0 or at least 2",
+        )
+        _check(self.quality_gpus >= 0, "--quality-gpus", self.quality_gpus, "at least 0")
+        _check(
+            self.cluster.max_workers <= self.data.num_streams,
             "--num-workers",
             self.cluster.num_workers,
-            f"a divisor of --num-streams {self.data.num_streams}",
+            f"at most --num-streams {self.data.num_streams}",
         )
 
 

@@ -89,7 +89,7 @@ def test_help_lists_every_flag_and_ends_with_0(capsys):
         (("--steps", "many"), ["--steps", "'many'"]),
         (("--schedule", "lin"), ["'lin'", "--schedule", "'linear', 'cosine', 'quadratic', 'sigmoid'"]),
         (("--batch-size", "63"), ["--batch-size 63: must be a multiple of --num-streams 16"]),
-        (("--num-workers", "3"), ["--num-workers 3: must be a divisor of --num-streams 16"]),
+        (("--num-workers", "17"), ["--num-workers 17: must be at most --num-streams 16"]),
         (("stray",), ["Unrecognized options: stray"]),
         (("--steps",), ["--steps"]),
     ],

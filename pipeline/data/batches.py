@@ -95,12 +95,12 @@ class BatchReader:
         order: The canonical order over the manifest's shards.
         config: How to read.
         rank: This worker.
-        num_workers: All workers; must divide ``order.num_streams``.
+        num_workers: All workers; at most ``order.num_streams``.
         part: Which part of the batch this reader reads, and of how many.
         threads: Threads that decode, the caller's included.
 
     Raises:
-        UserError: ``num_workers`` does not divide the number of streams; the disk cache cannot be used.
+        UserError: there are more workers than streams; the disk cache cannot be used.
     """
 
     def __init__(

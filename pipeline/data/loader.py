@@ -40,13 +40,13 @@ class Loader(Iterator[T], Generic[T]):
         order: The canonical order over the manifest's shards.
         config: How to read; its ``batch_size`` and ``num_streams`` are the order's.
         rank: This worker, in [0, num_workers).
-        num_workers: Workers that train; must divide ``order.num_streams``.
+        num_workers: Workers that train; at most ``order.num_streams``.
         start_step: First step, from 0.
         end_step: One past the last step.
         finish: What else is to be done with each batch ahead of time, in the background thread.
 
     Raises:
-        UserError: ``num_workers`` does not divide the number of streams; the disk cache cannot be used.
+        UserError: there are more workers than streams; the disk cache cannot be used.
         DataError: (while iterating) something is missing or damaged, and that is not to be skipped.
         WorldError: (while iterating) storage refused or did not answer for too long; a loader process died.
     """

@@ -24,22 +24,20 @@ Position = tuple[int, int]
 def streams_of_rank(num_streams: int, rank: int, num_workers: int) -> range:
     """The streams of one worker: a contiguous block, so that concatenating the ranks gives the canonical batch.
 
+    With a number of workers that does not divide the streams, some own one stream more than others.
+
     Args:
         num_streams: S, canonical streams of the run.
         rank: This worker, in [0, num_workers).
         num_workers: Workers that train now; may differ from one resume to the next.
 
     Raises:
-        UserError: ``num_workers`` does not divide ``num_streams``.
+        UserError: There are more workers than streams.
     """
-    if num_workers < 1 or num_streams % num_workers:
-        allowed = ", ".join(str(n) for n in range(1, num_streams + 1) if num_streams % n == 0)
-        raise UserError(
-            f"--num-workers {num_workers} does not divide the {num_streams} streams of the batch; give one of {allowed}"
-        )
+    if not 1 <= num_workers <= num_streams:
+        raise UserError(f"--num-workers {num_workers}: the batch has {num_streams} streams; give 1 to {num_streams}")
     assert 0 <= rank < num_workers, f"rank {rank} of {num_workers} workers"
-    share = num_streams // num_workers
-    return range(rank * share, (rank + 1) * share)
+    return range(rank * num_streams // num_workers, (rank + 1) * num_streams // num_workers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,8 +63,8 @@ def plan_reading(config: DataConfig, manifest: Manifest, location: str, *, num_w
     Raises:
         UserError: The disk cache is too small for the shards that one worker reads at once.
     """
-    batch = config.batch_size // num_workers
-    streams = max(1, config.num_streams // num_workers)
+    streams = -(-config.num_streams // num_workers)  # of the worker that has the most
+    batch = streams * config.batch_size // config.num_streams
     sizes = manifest.shard_sizes
     at_once = _shards_at_once(sizes, streams, config.batch_size // config.num_streams)
     largest = max(shard.num_bytes for shard in manifest.shards)

@@ -152,7 +152,7 @@ def open_workers(config: ClusterConfig, protocol: ProtocolConfig, *, most: int) 
     cluster.require(num_workers=1, cpus_per_worker=config.cpus_per_worker, use_gpu=config.use_gpu)
     fitting = cluster.fits(num_workers=1, cpus_per_worker=config.cpus_per_worker, use_gpu=config.use_gpu)
     # None fits: an autoscaling cluster that is still empty. All are asked for, so that it grows.
-    count = max(1, min(config.num_workers, most, fitting or config.num_workers))
+    count = max(1, min(config.max_workers, most, fitting or config.max_workers))
     actor = ray.remote(ChunkActor).options(
         num_cpus=config.cpus_per_worker,
         num_gpus=1 if config.use_gpu else 0,

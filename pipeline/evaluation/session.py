@@ -14,5 +14,5 @@ def evaluate_job(config: EvaluateConfig) -> Outcome:
     todo = select(config, tracker)
     if not todo:
         return Outcome()  # a schedule fires often: this costs no cluster
-    with cluster.connect(num_cpus=config.cluster.num_workers * config.cluster.cpus_per_worker):
+    with cluster.connect(num_cpus=config.cluster.max_workers * config.cluster.cpus_per_worker):
         return evaluate(config, tracker, todo)

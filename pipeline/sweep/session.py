@@ -20,5 +20,5 @@ def run_sweep(config: TuneConfig) -> SweepResult:
     config = replace(config, base=replace(config.base, name=None))
     tracker = Tracker()
     workers = config.base.cluster
-    with cluster.connect(num_cpus=workers.num_workers * workers.cpus_per_worker):
+    with cluster.connect(num_cpus=workers.max_workers * workers.cpus_per_worker):
         return tune(config, name, tracker)

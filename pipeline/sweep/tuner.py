@@ -138,7 +138,7 @@ def _params(config: TuneConfig) -> dict[str, Any]:
 def _concurrency(config: TuneConfig, workers: ClusterConfig) -> int:
     """As many trials as the cluster holds workers for, unless the caller knows better (a cluster that grows)."""
     fitting = cluster.fits(
-        num_workers=workers.num_workers, cpus_per_worker=workers.cpus_per_worker, use_gpu=workers.use_gpu
+        num_workers=workers.min_workers, cpus_per_worker=workers.cpus_per_worker, use_gpu=workers.use_gpu
     )
     return max(1, config.max_concurrent_trials or fitting)
 

@@ -95,7 +95,7 @@ def train_run(config: TrainConfig, *, then: Callable[[str, Tracker], Distance | 
     tracker = Tracker()
     workers = config.cluster
     logger.info(
-        "run %s: %s parameters, %s images from %s, %d workers on %s, MLflow %s",
+        "run %s: %s parameters, %s images from %s, %s workers on %s, MLflow %s",
         config.name,
         f"{parameters:,}",
         f"{task.manifest.num_images:,}",
@@ -104,7 +104,7 @@ def train_run(config: TrainConfig, *, then: Callable[[str, Tracker], Distance | 
         "GPU" if workers.use_gpu else "CPU",
         tracker.shown_uri,
     )
-    with cluster.connect(num_cpus=workers.num_workers * workers.cpus_per_worker):
+    with cluster.connect(num_cpus=workers.max_workers * workers.cpus_per_worker):
         result = fit(config, tracker)
         distance = then(result.name, tracker) if then else None
     return Outcome(train=result, distance=distance, seconds=time.monotonic() - started)

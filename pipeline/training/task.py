@@ -42,6 +42,12 @@ _MAY_CHANGE = {
     "use_gpu",
     "cpus_per_worker",
     "max_failures",
+    "resize_seconds",
+    "worker_timeout_seconds",
+    "quality_images",
+    "quality_gpus",
+    "micro_batch_size",
+    "compile",
     "data",  # compared by digest, so that a data set may move
     "sampler",
     "sampling_steps",
@@ -85,7 +91,7 @@ class TrainingTask:
 
     def read_plan(self) -> ReadPlan:
         """How each worker reads the data set, and what memory that takes; UserError if the disk cache is too small."""
-        workers = self.config.cluster.num_workers
+        workers = self.config.cluster.min_workers
         return plan_reading(self.config.data, self.manifest, self.location, num_workers=workers)
 
     def to_json(self) -> str:
@@ -221,7 +227,9 @@ def dry_run(config: TrainConfig) -> DryRun:
 
 def _activation_bytes(config: TrainConfig) -> int:
     """Counts what autograd saves in one forward pass, on the meta device: exact shapes, no memory, no arithmetic."""
-    batch = config.data.batch_size // config.cluster.num_workers
+    batch = -(-config.data.num_streams // config.cluster.min_workers) * (
+        config.data.batch_size // config.data.num_streams
+    )
     model = config.model
     saved: dict[int, int] = {}
 

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import logging
+import math
 import secrets
 import threading
 import time
@@ -16,11 +17,11 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, ScalingConfig, TrainingFailedError
+from ray.train import Checkpoint, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 # ray.train exports these under the same names, but a type checker sees the first version's there.
-from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.result import Result
 from torch import nn
 
@@ -42,7 +43,6 @@ __all__ = ["TrainResult", "fit", "new_name"]
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
-_PROCESS_GROUP_TIMEOUT_SECONDS = 300
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Where Ray Train notes which checkpoints are committed."""
 
@@ -92,7 +92,7 @@ def fit(
     config = replace(config, name=config.name or new_name(config))
     task = plan(config)
     workers = config.cluster
-    cluster.require(num_workers=workers.num_workers, cpus_per_worker=workers.cpus_per_worker, use_gpu=workers.use_gpu)
+    cluster.require(num_workers=workers.min_workers, cpus_per_worker=workers.cpus_per_worker, use_gpu=workers.use_gpu)
     run = _open_run(task, tracker, parent_run_id, tags or {})
     with _truthful_status(run):
         mailbox = open_mailbox()
@@ -198,13 +198,19 @@ def _step_reached(result: Result) -> int:
 
 def _process_group_timeout(config: TrainConfig) -> int:
     """A worker whose loader waits for storage must not be taken for one that hangs."""
-    return _PROCESS_GROUP_TIMEOUT_SECONDS + int(config.data.storage_patience_seconds)
+    return math.ceil(config.cluster.worker_timeout_seconds + config.data.storage_patience_seconds)
 
 
 def _scaling(config: TrainConfig) -> ScalingConfig:
     workers = config.cluster
     resources = {"CPU": float(workers.cpus_per_worker)} | ({"GPU": 1.0} if workers.use_gpu else {})
-    return ScalingConfig(num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=resources)
+    elastic = workers.min_workers < workers.max_workers
+    return ScalingConfig(
+        num_workers=(workers.min_workers, workers.max_workers) if elastic else workers.max_workers,
+        use_gpu=workers.use_gpu,
+        resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=workers.resize_seconds,
+    )
 
 
 def _open_run(task: TrainingTask, tracker: Tracker, parent_run_id: str | None, tags: Mapping[str, str]) -> TrackedRun:

@@ -166,9 +166,9 @@ def test_without_any_budget_the_shards_of_the_present_batch_are_still_opened_onl
     reader.close()
 
 
-def test_a_worker_count_that_does_not_divide_the_streams_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--num-workers 3"):
-        reader_of(write_data_set(tmp_path), num_workers=3)
+def test_more_workers_than_streams_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--num-workers 5"):
+        reader_of(write_data_set(tmp_path), num_workers=5)
 
 
 def test_a_disk_cache_too_small_for_the_shards_of_a_batch_is_refused(tmp_path):

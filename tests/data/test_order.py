@@ -197,14 +197,15 @@ def test_impossible_numbers_are_refused_with_the_flag_to_change(fields, message)
         StreamOrder(shard_sizes=(60, 40), seed=0, **fields)
 
 
-def test_a_worker_count_that_does_not_divide_the_streams_is_refused_with_those_that_do():
-    with pytest.raises(UserError, match=r"--num-workers 3 .* 8 streams .* one of 1, 2, 4, 8"):
-        streams_of_rank(8, 0, 3)
+def test_more_workers_than_streams_are_refused():
+    with pytest.raises(UserError, match=r"--num-workers 9: .* 8 streams; give 1 to 8"):
+        streams_of_rank(8, 0, 9)
 
 
 def test_ranks_own_contiguous_blocks_of_streams():
     assert [list(streams_of_rank(8, rank, 4)) for rank in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert list(streams_of_rank(8, 0, 1)) == list(range(8))
+    assert [list(streams_of_rank(8, rank, 3)) for rank in range(3)] == [[0, 1], [2, 3, 4], [5, 6, 7]]
 
 
 def test_substitutes_belong_to_seed_step_stream_place_and_attempt():

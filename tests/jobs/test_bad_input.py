@@ -41,7 +41,7 @@ def fails(job: str, *words: str, capsys: pytest.CaptureFixture[str]) -> tuple[in
         (["--T", "20"], "beta_19"),
         (["--beta-end", "0.001"], "--allow-signal-at-T"),
         (["--batch-size", "65"], "multiple of --num-streams 16"),
-        (["--num-workers", "3"], "divisor of --num-streams 16"),
+        (["--num-workers", "17"], "at most --num-streams 16"),
         (["--image-size", "16", "--attention-resolutions", "8"], "holds 1x8x8 images"),
         (["--data", "nowhere"], "nowhere"),
         (["--sampling-steps", "5000"], "at most 1000"),
