@@ -179,7 +179,11 @@ def test_an_override_is_checked_like_a_new_config():
         (OptimizerConfig, {"lr_warmup_steps": -1}, "--lr-warmup-steps -1: must be at least 0"),
         (OptimizerConfig, {"grad_clip": -1.0}, "--grad-clip -1.0: must be at least 0"),
         (OptimizerConfig, {"ema_decay": 1.0}, "--ema-decay 1.0: must be in [0, 1)"),
-        (ClusterConfig, {"num_workers": 0}, "--num-workers 0: must be a whole number from 1 on"),
+        (
+            ClusterConfig,
+            {"num_workers": 0},
+            "--num-workers 0: must be a whole number from 1 on, or MIN:MAX with 1 <= MIN <= MAX, for example 2:8",
+        ),
         (ClusterConfig, {"cpus_per_worker": 0}, "--cpus-per-worker 0: must be at least 1"),
         (SamplingConfig, {"sampling_steps": 0}, "--sampling-steps 0: must be at least 1"),
         (SamplingConfig, {"eta": 1.1}, "--eta 1.1: must be in [0, 1]"),
@@ -195,7 +199,7 @@ def test_an_override_is_checked_like_a_new_config():
         (TrainConfig, {"grid_images": 0}, "--grid-images 0: must be at least 1"),
         (
             TrainConfig,
-            {"cluster": ClusterConfig(num_workers=3)},
+            {"cluster": ClusterConfig(num_workers=17)},
             "--num-workers 17: must be at most --num-streams 16",
         ),
         (PrepareConfig, {"images_per_shard": 0}, "--images-per-shard 0: must be at least 1"),
