@@ -1,8 +1,8 @@
 """A model as files: safetensors weights plus ``meta.json`` that a person can read.
 
-The same layout serves the published model (EMA weights alone) and, with more files, the resumable checkpoint. The
-architecture, T and the schedule of a model come from its ``meta.json``, never from flags. Every file's sha256 is in
-``meta.json``; nothing is unpickled.
+The same layout serves the published model (the averages of the weights alone) and, with more files, the resumable
+checkpoint. The architecture, T and the schedule of a model come from its ``meta.json``, never from flags. Every file's
+sha256 is in ``meta.json``; nothing is unpickled.
 """
 
 import json
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pipeline import draws, storage
-from pipeline.config import ModelConfig, ScheduleConfig, TrainConfig, from_flat, to_flat
+from pipeline.config import ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig, from_flat, to_flat
+from pipeline.diffusion.averages import EMA, power_stem
 from pipeline.diffusion.noise_schedule import NoiseSchedule, make_schedule
 from pipeline.diffusion.unet import UNet
 from pipeline.errors import UserError, WorldError
@@ -26,6 +27,8 @@ __all__ = [
     "EMA_FILE",
     "META_FILE",
     "Meta",
+    "average_file",
+    "average_files",
     "build_schedule",
     "build_unet",
     "load_tensors",
@@ -37,9 +40,20 @@ __all__ = [
 
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
-EMA_FILE = "ema.safetensors"
-
 Tensors = dict[str, Tensor]
+
+
+def average_file(stem: str) -> str:
+    """File name of an average of the weights, by the stem that ``Averages`` gives it."""
+    return f"{stem}.safetensors"
+
+
+EMA_FILE = average_file(EMA)
+
+
+def average_files(config: OptimizerConfig) -> list[str]:
+    """Files of all averages that a run keeps: the EMA, then the power-function averages in the order of the config."""
+    return list(dict.fromkeys([EMA_FILE, *(average_file(power_stem(sigma_rel)) for sigma_rel in config.ema_power)]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,15 @@ from torch import nn
 from pipeline.config import TrainConfig
 from pipeline.diffusion.ema import Ema
 from pipeline.errors import WorldError
-from pipeline.model_folder import EMA_FILE, load_tensors, read_meta, verified_bytes, write_meta, write_tensors
+from pipeline.model_folder import (
+    EMA_FILE,
+    average_files,
+    load_tensors,
+    read_meta,
+    verified_bytes,
+    write_meta,
+    write_tensors,
+)
 from pipeline.provenance import code_record
 
 __all__ = ["checkpoint_name", "load_checkpoint", "save_checkpoint", "save_published"]
@@ -67,8 +75,9 @@ def load_checkpoint(folder: Path, *, unet: nn.Module, ema: Ema, optimizer: torch
 
 
 def save_published(checkpoint: Path, folder: Path) -> int:
-    """Copies what is published (EMA weights and ``meta.json``) out of a checkpoint, verified; returns its step."""
+    """Copies what is published (averages and ``meta.json``) out of a checkpoint, verified; returns its step."""
     meta = read_meta(checkpoint)
-    (folder / EMA_FILE).write_bytes(verified_bytes(checkpoint, EMA_FILE, meta))
+    for name in average_files(meta.config.optimizer):
+        (folder / name).write_bytes(verified_bytes(checkpoint, name, meta))
     write_meta(folder, step=meta.step, config=meta.config, data=meta.data, code=meta.code)
     return meta.step
