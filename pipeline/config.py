@@ -187,9 +187,9 @@ class LossConfig:
     """What is minimised."""
 
     loss_weighting: Literal["simple", "min-snr"] = "simple"
-    """simple: DDPM's unweighted squared error of eps; min-snr: clamped signal-to-noise ratio (2303.09556)."""
+    """simple: unweighted squared error of the prediction; min-snr: clamped signal-to-noise ratio (2303.09556)."""
     min_snr_gamma: float = 5.0
-    """Where min-snr clamps."""
+    """Signal-to-noise ratio at which min-snr clamps."""
     label_dropout: float = 0.1
     """Part of the labels that is hidden from a class-conditional network, for classifier-free guidance."""
 
@@ -271,12 +271,15 @@ class SamplingConfig:
     variance: Literal["fixed-small", "fixed-large"] = "fixed-small"
     """Reverse variance of ddpm: the posterior's, or beta_t."""
     sample_seed: int = 0
-    """Seed of the noise that images are made from."""
+    """Seed of the noise (and classes) that images are made from."""
+    guidance: float = 1.0
+    """Weight of classifier-free guidance: 1 follows the class as trained, more pronounces it, 0 ignores it."""
 
     def __post_init__(self) -> None:
         _check(self.sampling_steps >= 1, "--sampling-steps", self.sampling_steps, "at least 1")
         _check(0 <= self.eta <= 1, "--eta", self.eta, "in [0, 1]")
         _check(self.sample_seed >= 0, "--sample-seed", self.sample_seed, "at least 0")
+        _check(0 <= self.guidance < math.inf, "--guidance", self.guidance, "at least 0 and finite")
 
 
 @dataclass(frozen=True, kw_only=True)

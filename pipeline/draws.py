@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Purpose", "generator", "integers", "permutation", "standard_normal", "torch_seed"]
+__all__ = ["Purpose", "generator", "integers", "permutation", "standard_normal", "torch_seed", "uniform"]
 
 
 class Purpose(IntEnum):
@@ -31,6 +31,8 @@ class Purpose(IntEnum):
     SAMPLE_STEP = 9
     SUBSTITUTE = 10
     HOLDOUT = 11
+    LABEL_DROPOUT = 12
+    SAMPLE_LABEL = 13
 
 
 def generator(seed: int, purpose: Purpose, *indices: int) -> np.random.Generator:
@@ -63,6 +65,12 @@ def integers(n: int, high: int, seed: int, purpose: Purpose, *indices: int) -> T
     """Uniform integers in [0, high), int64 [n]. The bias of taking the remainder is below high / 2**64."""
     words = _philox(seed, purpose, *indices).random_raw(n)
     return torch.from_numpy((words % np.uint64(high)).astype(np.int64))
+
+
+def uniform(n: int, seed: int, purpose: Purpose, *indices: int) -> Tensor:
+    """Uniform numbers in [0, 1), float64 [n]: the upper 53 bits of raw words, so that none is rounded up to 1."""
+    words = _philox(seed, purpose, *indices).random_raw(n)
+    return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
 def torch_seed(seed: int, purpose: Purpose, *indices: int) -> int:

@@ -82,6 +82,7 @@ def build_unet(config: ModelConfig, *, seed: int = 0) -> UNet:
         num_res_blocks=config.num_res_blocks,
         attention_resolutions=config.attention_resolutions,
         dropout=config.dropout,
+        num_classes=config.num_classes,
         generator=torch.Generator("cpu").manual_seed(draws.torch_seed(seed, draws.Purpose.INIT)),
     )
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.draws import Purpose, generator, integers, permutation, standard_normal, torch_seed
+from pipeline.draws import Purpose, generator, integers, permutation, standard_normal, torch_seed, uniform
 
 SEEDS = st.integers(0, 2**63 - 1)
 INDICES = st.lists(st.integers(0, 2**63 - 1), max_size=3).map(tuple)
@@ -89,6 +89,14 @@ def test_integers_and_seeds_have_not_changed_since_the_first_release():
     assert torch_seed(1, Purpose.DROPOUT, 3) == 8536963407010130925
 
 
+def test_uniform_numbers_have_not_changed_since_the_first_release():
+    assert uniform(3, 0, Purpose.LABEL_DROPOUT, 7, 2).tolist() == [
+        0.14011184664255405,
+        0.8541344718567065,
+        0.9084967554136741,
+    ]
+
+
 def test_normal_draws_have_not_changed_since_the_first_release():
     assert standard_normal((4,), 0, Purpose.NOISE, 7, 2).tolist() == [
         1.2441551685333252,
@@ -111,6 +119,8 @@ def test_purposes_keep_their_numbers():
         "SAMPLE_STEP": 9,
         "SUBSTITUTE": 10,
         "HOLDOUT": 11,
+        "LABEL_DROPOUT": 12,
+        "SAMPLE_LABEL": 13,
     }
 
 
@@ -144,6 +154,20 @@ def test_integers_lie_in_range(seed, high):
 def test_integers_reach_both_ends_of_the_range_equally_often():
     counts = torch.bincount(integers(40_000, 4, 0, Purpose.TIMESTEP), minlength=4)
     assert all(9_600 < count < 10_400 for count in counts.tolist())
+
+
+@MODEST
+@given(SEEDS, PURPOSES, INDICES)
+def test_uniform_numbers_are_doubles_that_never_reach_one(seed, purpose, indices):
+    drawn = uniform(200, seed, purpose, *indices)
+    assert drawn.dtype == torch.float64
+    assert 0 <= drawn.min() <= drawn.max() < 1
+
+
+def test_uniform_numbers_have_the_moments_of_the_unit_interval():
+    drawn = uniform(40_000, 0, Purpose.LABEL_DROPOUT)
+    assert abs(drawn.mean().item() - 1 / 2) < 0.006
+    assert abs(drawn.var().item() - 1 / 12) < 0.002
 
 
 @MODEST

@@ -19,21 +19,26 @@ class Level(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of t and a two-layer MLP: int64 [B] -> [B, 4 * base]."""
+    """Sinusoids of t and a two-layer MLP, plus a learned vector of the class: int64 [B] -> [B, 4 * base]."""
 
-    def __init__(self, base: int) -> None:
+    def __init__(self, base: int, num_classes: int = 0) -> None:
+        """Of ``num_classes`` + 1 class vectors the last means "no class"; with 0 classes there are none at all."""
         super().__init__()
         self.frequencies = base // 2
         self.dense1 = nn.Linear(base, 4 * base)
         self.dense2 = nn.Linear(4 * base, 4 * base)
+        self.classes = nn.Embedding(num_classes + 1, 4 * base) if num_classes else None
 
-    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, t: Tensor, dtype: torch.dtype, labels: Tensor | None = None) -> Tensor:
         # freq_i = exp(-ln 10000 * i / (half - 1)), sines first: later codes divide by half and put cosines first.
         i = torch.arange(self.frequencies, dtype=torch.float32, device=t.device)
         angles = t.float()[:, None] * torch.exp(i * (-math.log(10000) / (self.frequencies - 1)))
         sinusoids = torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype)
+        embedding: Tensor = self.dense2(functional.silu(self.dense1(sinusoids)))
+        if self.classes is not None:
+            embedding = embedding + self.classes(labels).to(embedding.dtype)
         # Blocks see the embedding only through a swish: taken here, once.
-        return functional.silu(self.dense2(functional.silu(self.dense1(sinusoids))))
+        return functional.silu(embedding)
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""The forward process, its posterior and the training loss: pure functions, no RNG, no device moves.
+"""The forward process, its posterior, what a network may predict and the loss: pure functions, no RNG, no device moves.
 
 Every function takes the schedule on the device of the images, ``t`` as int64 [B] in [0, T) (the paper's t minus 1) and
 returns tensors in the dtype of the images.
@@ -8,7 +8,22 @@ from torch import Tensor
 
 from pipeline.diffusion.noise_schedule import NoiseSchedule
 
-__all__ = ["per_image", "predict_eps", "predict_x_0", "q_posterior", "q_sample", "q_step", "simple_loss"]
+__all__ = [
+    "PREDICTIONS",
+    "as_eps",
+    "eps_from_velocity",
+    "per_image",
+    "predict_eps",
+    "predict_x_0",
+    "q_posterior",
+    "q_sample",
+    "q_step",
+    "simple_loss",
+    "target",
+    "velocity",
+]
+
+PREDICTIONS: tuple[str, ...] = ("eps", "v", "x_0")
 
 
 def per_image(coefficient: Tensor, like: Tensor) -> Tensor:
@@ -123,14 +138,92 @@ def predict_eps(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, x_0: Tensor) ->
     return (x_t - per_image(alpha_bar.sqrt(), x_t) * x_0) / per_image((1 - alpha_bar).sqrt(), x_t)
 
 
-def simple_loss(eps: Tensor, eps_hat: Tensor) -> Tensor:
-    """L_simple of each image, DDPM Eq. 14: the squared error averaged over channels and pixels.
+def velocity(schedule: NoiseSchedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """The velocity of an image and its noise: Salimans & Ho (2202.00512), App. D.
+
+        v = sqrt(alpha_bar_t) * eps - sqrt(1 - alpha_bar_t) * x_0
+
+    With x_t = sqrt(alpha_bar_t) * x_0 + sqrt(1 - alpha_bar_t) * eps this is a rotation of (x_0, eps), so it is undone
+    without a division: v tells eps where almost nothing of the noise is left, and x_0 where almost nothing else is.
 
     Args:
-        eps: The noise that was added, shape [B, C, H, W].
-        eps_hat: The noise the network saw, shape [B, C, H, W].
+        schedule: Noise schedule on the device of ``x_0``.
+        x_0: Clean images, shape [B, C, H, W], in [-1, 1].
+        t: Step indices, shape [B], int64, in [0, T).
+        eps: Standard normal noise, shape [B, C, H, W].
+
+    Returns:
+        v, with the shape and dtype of ``x_0``.
+    """
+    alpha_bar = schedule.alphas_cumprod[t]
+    return per_image(alpha_bar.sqrt(), x_0) * eps - per_image((1 - alpha_bar).sqrt(), x_0) * x_0
+
+
+def eps_from_velocity(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+    """The noise that ``v`` implies: the rotation of ``velocity`` undone.
+
+        eps = sqrt(alpha_bar_t) * v + sqrt(1 - alpha_bar_t) * x_t
+
+    Args:
+        schedule: Noise schedule on the device of ``x_t``.
+        x_t: Images at step ``t``, shape [B, C, H, W].
+        t: Step indices, shape [B], int64, in [0, T).
+        v: Velocity, known or predicted, shape [B, C, H, W].
+
+    Returns:
+        eps, with the shape and dtype of ``x_t``.
+    """
+    alpha_bar = schedule.alphas_cumprod[t]
+    return per_image(alpha_bar.sqrt(), x_t) * v + per_image((1 - alpha_bar).sqrt(), x_t) * x_t
+
+
+def target(prediction: str, schedule: NoiseSchedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """What the network's output is compared with.
+
+    Args:
+        prediction: One of ``PREDICTIONS``.
+        schedule: Noise schedule on the device of ``x_0``.
+        x_0: Clean images, shape [B, C, H, W], in [-1, 1].
+        t: Step indices, shape [B], int64, in [0, T).
+        eps: Standard normal noise, shape [B, C, H, W].
+
+    Returns:
+        eps, v or x_0, shape [B, C, H, W].
+    """
+    assert prediction in PREDICTIONS, prediction
+    if prediction == "v":
+        return velocity(schedule, x_0, t, eps)
+    return eps if prediction == "eps" else x_0
+
+
+def as_eps(prediction: str, schedule: NoiseSchedule, x_t: Tensor, t: Tensor, predicted: Tensor) -> Tensor:
+    """The noise that a prediction of any kind implies: samplers know eps alone.
+
+    Args:
+        prediction: One of ``PREDICTIONS``: what the network was trained to predict.
+        schedule: Noise schedule of the training, on the device of ``x_t``.
+        x_t: Images at step ``t``, shape [B, C, H, W].
+        t: Step indices, shape [B], int64, in [0, T).
+        predicted: The network's output, shape [B, C, H, W].
+
+    Returns:
+        eps_hat, shape [B, C, H, W]; a prediction of eps as it is, others in the dtype of ``x_t``.
+    """
+    assert prediction in PREDICTIONS, prediction
+    if prediction == "eps":
+        return predicted
+    convert = eps_from_velocity if prediction == "v" else predict_eps
+    return convert(schedule, x_t, t, predicted.to(x_t.dtype))
+
+
+def simple_loss(target: Tensor, predicted: Tensor) -> Tensor:
+    """Squared error of each image, averaged over channels and pixels: L_simple (DDPM Eq. 14) for predictions of eps.
+
+    Args:
+        target: What was to be predicted (the noise that was added), shape [B, C, H, W].
+        predicted: What the network predicted, shape [B, C, H, W].
 
     Returns:
         One loss an image, shape [B], in the wider of the two dtypes.
     """
-    return (eps - eps_hat).square().mean(dim=(1, 2, 3))
+    return (target - predicted).square().mean(dim=(1, 2, 3))

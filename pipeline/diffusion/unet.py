@@ -1,4 +1,7 @@
-"""The paper's UNet: which noise is in this image? Layer by layer that of the DDPM code, weight-compatible with it."""
+"""The paper's UNet: which noise is in this image? Layer by layer that of the DDPM code, weight-compatible with it.
+
+A class-conditional network has one more table, of class vectors, and all other weights unchanged.
+"""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +21,7 @@ NEARLY_ZERO = 1e-10
 
 
 class UNet(nn.Module):
-    """Predicts the noise in x_t from x_t and t: DDPM, App. B.
+    """Predicts the noise in x_t (or v, or x_0: the training decides) from x_t, t and perhaps a class: DDPM, App. B.
 
     Residual blocks on ``len(channel_mult)`` resolutions, each half the one before; self-attention where
     ``attention_resolutions`` says and once in the middle; the way up sees every activation of the way down.
@@ -34,18 +37,20 @@ class UNet(nn.Module):
         num_res_blocks: int = 2,
         attention_resolutions: Sequence[int] = (16,),
         dropout: float = 0.1,
+        num_classes: int = 0,
         generator: torch.Generator | None = None,
     ) -> None:
         """Builds the network with freshly drawn weights; on the meta device only its shape.
 
         Args:
             image_size: Height and width of the images in pixels, divisible by 2 ** (levels - 1).
-            in_channels: Channels of the images and of the predicted noise.
+            in_channels: Channels of the images and of the prediction.
             base_channels: Channels of the first level, even and at least 4.
             channel_mult: Channels of each level as multiples of ``base_channels``, the finest level first.
             num_res_blocks: Residual blocks a level on the way down; one more on the way up.
             attention_resolutions: Heights in pixels of the levels with self-attention.
             dropout: Probability before the second convolution of a residual block, in [0, 1).
+            num_classes: Classes that the network can be told; 0 builds the unconditional network.
             generator: CPU generator of the initial weights; None takes torch's global one.
 
         Raises:
@@ -65,6 +70,7 @@ class UNet(nn.Module):
                 num_res_blocks=num_res_blocks,
                 attention_resolutions=frozenset(attention_resolutions),
                 dropout=dropout,
+                num_classes=num_classes,
             )
         if device.type != "meta":
             self.to_empty(device=device)
@@ -80,9 +86,11 @@ class UNet(nn.Module):
         num_res_blocks: int,
         attention_resolutions: frozenset[int],
         dropout: float,
+        num_classes: int,
     ) -> None:
         temb = 4 * base_channels
-        self.time_embedding = TimeEmbedding(base_channels)
+        self.num_classes = num_classes
+        self.time_embedding = TimeEmbedding(base_channels, num_classes)
         self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
         last = len(widths) - 1
 
@@ -110,17 +118,22 @@ class UNet(nn.Module):
         self.norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, in_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Predicts the noise.
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Predicts the noise, or what else the network was trained to predict.
 
         Args:
             x: Noisy images x_t, shape [B, C, H, W], floating point; fastest in ``torch.channels_last``.
             t: Step indices, shape [B], int64, in [0, T).
+            labels: Classes, shape [B], int64, in [0, num_classes]; ``num_classes`` itself means "no class", as does
+                None for the whole batch. Always None in an unconditional network.
 
         Returns:
-            eps_hat, shape [B, C, H, W].
+            eps_hat (v_hat, x_0_hat), shape [B, C, H, W].
         """
-        temb = self.time_embedding(t, x.dtype)
+        if self.num_classes and labels is None:
+            labels = torch.full_like(t, self.num_classes)
+        assert self.num_classes or labels is None, "labels for a network without classes"
+        temb = self.time_embedding(t, x.dtype, labels)
         h: Tensor = self.conv_in(x)
         skips = [h]
         for level in self.down:
@@ -139,8 +152,8 @@ class UNet(nn.Module):
                 h = block(torch.cat([h, skips.pop()], dim=1), temb)
             if level.resample is not None:
                 h = level.resample(h)
-        eps_hat: Tensor = self.conv_out(functional.silu(self.norm_out(h)))
-        return eps_hat
+        prediction: Tensor = self.conv_out(functional.silu(self.norm_out(h)))
+        return prediction
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -170,6 +183,9 @@ class UNet(nn.Module):
                     _variance_scaling_(weight, scale, generator)
                 assert module.bias is not None
                 module.bias.zero_()
+        # Drawn last, so that the other weights of a seed are those of the unconditional network.
+        if (classes := self.time_embedding.classes) is not None:
+            classes.weight.copy_(torch.empty(classes.weight.shape, device="cpu").normal_(generator=generator))
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -54,6 +54,7 @@ _MAY_CHANGE = {
     "eta",
     "variance",
     "sample_seed",
+    "guidance",
     "allow_signal_at_T",
     "preset",
     "name",
