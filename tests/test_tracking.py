@@ -17,7 +17,8 @@ from servers import mlflow_server
 
 from pipeline import storage
 from pipeline.errors import UserError, WorldError
-from pipeline.tracking import STALE_SECONDS, Checkpoint, DataSetInput, TrackedRun, Tracker
+from pipeline.tracking import TIMESTAMP, Checkpoint, DataSetInput, TakenOverError, TrackedRun, Tracker, ownership
+from pipeline.tracking.ownership import ABANDONED_SECONDS, Claim, latest_claim
 
 
 @pytest.fixture(scope="session")
@@ -84,8 +85,27 @@ def living_process() -> Iterator[subprocess.Popen[bytes]]:
         process.communicate()
 
 
-def owned_by(tracker: Tracker, run: TrackedRun, owner: str) -> None:
-    tracker.client.set_tag(run.run_id, "ddpm.owner", owner)
+def owned_by(tracker: Tracker, run: TrackedRun, **claim: object) -> Claim:
+    """Lets another driver own a run, with a heartbeat of the same time."""
+    latest = latest_claim(tracker.client.get_run(run.run_id))
+    other = Claim(number=latest.number + 1, **claim)
+    tracker.client.log_param(run.run_id, other.key, other.to_json())
+    tracker.client.set_tag(run.run_id, "ddpm.heartbeat", str(int(other.time)))
+    tracker.client.update_run(run.run_id, status="RUNNING")
+    return other
+
+
+def elsewhere(silent: float = 0.0) -> dict[str, object]:
+    """A driver on another machine that was heard of some seconds ago."""
+    return {"host": "another-host", "machine": "another", "pid": 1, "time": time.time() - silent}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits of seconds instead of minutes."""
+    monkeypatch.setattr(ownership, "STALE_SECONDS", 3.0)
+    monkeypatch.setattr(ownership, "CLOCK_SECONDS", 2.0)
+    monkeypatch.setattr(ownership, "HEARTBEAT_SECONDS", 0.5)
 
 
 # The store.
@@ -282,8 +302,8 @@ def test_a_name_with_odd_characters_finds_nothing(tracker, name):
 def test_a_run_that_a_living_process_writes_is_refused(tracker):
     run = start(tracker)
     with living_process() as other:
-        owned_by(tracker, run, f"{socket.gethostname()}:{other.pid}")
-        message = rf"^run 'run-a' is being written by a live driver \({socket.gethostname()}:{other.pid}, last seen"
+        owned_by(tracker, run, pid=other.pid)
+        message = rf"^run 'run-a' is being written by a live driver \({socket.gethostname()}:{other.pid}, last seen 0 s"
         with pytest.raises(UserError, match=message):
             start(tracker)
 
@@ -291,45 +311,189 @@ def test_a_run_that_a_living_process_writes_is_refused(tracker):
 def test_a_run_whose_process_is_dead_is_taken_over_at_once(tracker):
     run = start(tracker)
     with living_process() as other:
-        owned_by(tracker, run, f"{socket.gethostname()}:{other.pid}")
-    start(tracker)
+        owned_by(tracker, run, pid=other.pid)
+    assert start(tracker).run_id == run.run_id
     assert tags_of(tracker, run)["ddpm.owner"] == f"{socket.gethostname()}:{os.getpid()}"
+    assert status_of(tracker, run) == "RUNNING"
 
 
-def test_a_run_of_another_machine_is_refused_once_its_heart_beats(tracker):
+def test_a_process_that_began_later_than_the_claim_is_another_one_with_the_same_number(tracker):
     run = start(tracker)
-    owned_by(tracker, run, "another-host:1")
-    now = int(time.time())
-    beat = threading.Timer(2, tracker.client.set_tag, (run.run_id, "ddpm.heartbeat", str(now + 1)))
+    with living_process() as other:
+        owned_by(tracker, run, pid=other.pid, time=time.time() - 3600)
+        assert start(tracker).run_id == run.run_id
+
+
+def test_a_driver_that_was_silent_on_this_machine_is_replaced_though_its_process_is_there(tracker, quick):
+    run = start(tracker)
+    with living_process() as other:
+        owned_by(tracker, run, pid=other.pid, time=time.time() - 4)
+        assert start(tracker).run_id == run.run_id
+
+
+def test_a_run_of_another_machine_is_refused_once_its_heart_beats_whatever_its_clock_says(tracker, quick):
+    run = start(tracker)
+    owned_by(tracker, run, **elsewhere(silent=100))
+    beat = threading.Timer(0.7, tracker.client.set_tag, (run.run_id, "ddpm.heartbeat", str(int(time.time() - 99))))
     beat.start()
     with pytest.raises(UserError, match=r"live driver \(another-host:1"):
         start(tracker)
     beat.join()
 
 
-def test_a_run_of_another_machine_is_taken_over_after_a_wait_without_a_heartbeat(tracker, monkeypatch):
+@pytest.mark.parametrize("silent", [-1000.0, 0.0, 4.0])
+def test_a_run_of_another_machine_is_taken_over_after_a_wait_without_a_heartbeat(tracker, quick, silent):
     run = start(tracker)
-    owned_by(tracker, run, "another-host:1")
-    tracker.client.set_tag(run.run_id, "ddpm.heartbeat", str(int(time.time())))
-    monkeypatch.setattr("pipeline.tracking.runs.STALE_SECONDS", 3.0)
+    owned_by(tracker, run, **elsewhere(silent))
     started = time.monotonic()
     assert start(tracker).run_id == run.run_id
-    assert time.monotonic() - started > 1.5
+    assert time.monotonic() - started > 0.9
 
 
-def test_a_run_of_another_machine_is_taken_over_when_it_has_been_silent(tracker):
+def test_a_run_of_another_machine_is_taken_over_at_once_when_it_has_been_silent_for_very_long(tracker):
     run = start(tracker)
-    owned_by(tracker, run, "another-host:1")
-    tracker.client.set_tag(run.run_id, "ddpm.heartbeat", str(int(time.time() - STALE_SECONDS - 1)))
+    owned_by(tracker, run, **elsewhere(ABANDONED_SECONDS + 1))
     assert start(tracker).run_id == run.run_id
 
 
 def test_a_finished_run_belongs_to_nobody(tracker):
     run = start(tracker)
     with living_process() as other:
-        owned_by(tracker, run, f"{socket.gethostname()}:{other.pid}")
-        run.finish("FINISHED")
+        claim = owned_by(tracker, run, pid=other.pid)
+        TrackedRun(tracker.client, tracker.client.get_run(run.run_id), claim).finish("FINISHED")
         assert start(tracker).run_id == run.run_id
+
+
+def test_a_driver_that_was_replaced_writes_no_more(tracker, model):
+    stopped = start(tracker)
+    owned_by(tracker, stopped, **elsewhere())
+    writes = [
+        lambda: stopped.log_metrics([{"step": 1, "loss": 0.5}]),
+        lambda: stopped.log_grid(np.zeros((8, 8, 3), dtype=np.uint8), step=1),
+        lambda: stopped.log_text("", "report.md"),
+        lambda: stopped.set_tags({"a": "b"}),
+        lambda: stopped.publish(model, 1, {}),
+        lambda: stopped.finish("FAILED"),
+    ]
+    for write in writes:
+        with pytest.raises(TakenOverError, match=r"^another driver has taken over run run-a \(another-host:1\)"):
+            write()
+    assert history(tracker, stopped, "loss") == []
+    assert status_of(tracker, stopped) == "RUNNING"
+    assert tracker.checkpoints(stopped.experiment_id) == []
+
+
+def test_two_claims_of_one_number_are_told_apart_by_mlflow(tracker):
+    run = tracker.client.get_run(start(tracker).run_id)
+    claims = [Claim(number=7, **elsewhere()) for _ in range(8)]
+    won = []
+
+    def contend(claim: Claim) -> None:
+        if ownership.try_claim(tracker.client, run.info.run_id, claim):
+            won.append(claim)
+
+    threads = [threading.Thread(target=contend, args=(claim,)) for claim in claims]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert won == [latest_claim(tracker.client.get_run(run.info.run_id))]
+    assert ownership.try_claim(tracker.client, run.info.run_id, won[0])  # an answer that was lost
+
+
+def test_claims_are_no_params_of_the_config(tracker):
+    run = start(tracker, params={"lr": 0.1})
+    run.finish("FINISHED")
+    assert start(tracker).params == tracker.params(run.run_id) == {"lr": "0.1"}
+
+
+# Runs whose driver is gone.
+
+
+def test_a_run_whose_driver_died_is_marked_killed_by_the_next_job_of_the_experiment(tracker):
+    dead, silent, parent = (start(tracker, name) for name in ("dead", "silent", "sweep"))
+    child = start(tracker, "trial", parent_run_id=parent.run_id)
+    with living_process() as other:
+        for run in (dead, parent, child):
+            owned_by(tracker, run, pid=other.pid)
+    owned_by(tracker, silent, **elsewhere(ABANDONED_SECONDS + 5))
+    start(tracker, "next")
+    assert [status_of(tracker, run) for run in (dead, silent, parent, child)] == ["KILLED"] * 4
+    assert tags_of(tracker, dead)["ddpm.ended"] == f"its driver {socket.gethostname()}:{other.pid} is gone"
+    assert tags_of(tracker, silent)["ddpm.ended"].startswith("its driver another-host:1 was silent for 60")
+
+
+def test_runs_that_live_or_are_not_ours_are_left_alone(tracker):
+    alive, remote, strange = start(tracker, "alive"), start(tracker, "remote"), start(tracker, "strange")
+    foreign = tracker.client.create_run(alive.experiment_id, run_name="foreign")
+    owned_by(tracker, remote, **elsewhere(ABANDONED_SECONDS - 60))
+    owned_by(tracker, strange, **elsewhere(-3600))
+    with living_process() as other:
+        owned_by(tracker, alive, pid=other.pid, time=time.time() - 30)
+        tracker.close_abandoned(alive.experiment_id)
+    statuses = {run.info.run_name: run.info.status for run in tracker.client.search_runs([alive.experiment_id])}
+    assert statuses == dict.fromkeys(["alive", "remote", "strange", "foreign"], "RUNNING")
+    assert foreign.info.status == "RUNNING"
+
+
+def test_a_run_that_was_marked_killed_is_continued_by_its_name(tracker):
+    run = start(tracker)
+    with living_process() as other:
+        owned_by(tracker, run, pid=other.pid)
+    tracker.close_abandoned(run.experiment_id)
+    assert status_of(tracker, run) == "KILLED"
+    assert start(tracker).run_id == run.run_id
+    assert status_of(tracker, run) == "RUNNING"
+
+
+def test_a_driver_that_was_taken_for_dead_takes_its_run_back(tracker):
+    run = start(tracker)
+    ownership.close(tracker.client, tracker.client.get_run(run.run_id), "its driver was silent for 700 s")
+    assert status_of(tracker, run) == "KILLED"
+    run.log_metrics([{"step": 1, "loss": 0.5}])
+    assert status_of(tracker, run) == "RUNNING"
+    assert history(tracker, run, "loss") == [(1, 0.5)]
+
+
+def test_a_trial_whose_sweep_has_ended_ends_as_well(tracker):
+    parent = start(tracker, "sweep")
+    child = start(tracker, "trial", parent_run_id=parent.run_id)
+    tracker.end_children(parent.run_id, parent.experiment_id)
+    with pytest.raises(TakenOverError, match=r"^run trial was ended from outside: its sweep ended$"):
+        child.log_metrics([{"step": 1, "loss": 0.5}])
+    assert status_of(tracker, child) == "KILLED"
+
+
+def test_a_driver_that_died_while_it_ended_its_run_is_believed(tracker, monkeypatch):
+    run = start(tracker)
+    monkeypatch.setattr(tracker.client, "set_terminated", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run.finish("FAILED")
+    monkeypatch.undo()
+    tracker.close_abandoned(run.experiment_id)
+    assert status_of(tracker, run) == "FAILED"
+
+
+def test_a_run_that_a_driver_takes_at_the_same_moment_is_not_marked(tracker):
+    run = start(tracker)
+    with living_process() as other:
+        owned_by(tracker, run, pid=other.pid)
+    seen = tracker.client.get_run(run.run_id)
+    start(tracker)
+    assert ownership.close_abandoned(tracker.client, [seen]) == []
+    assert status_of(tracker, run) == "RUNNING"
+
+
+def test_an_mlflow_that_refuses_does_not_hinder_the_next_job(tracker, monkeypatch):
+    monkeypatch.setattr(tracker.client, "search_runs", lambda *_: (_ for _ in ()).throw(RuntimeError("away")))
+    tracker.close_abandoned("1")
+
+
+def test_a_start_that_fails_half_way_leaves_no_running_run(tracker, monkeypatch):
+    monkeypatch.setattr(tracker, "_describe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        start(tracker)
+    assert tracker.find_run("run-a").info.status == "FAILED"
 
 
 def test_a_run_that_this_code_never_owned_is_continued(tracker):
@@ -374,11 +538,29 @@ def test_no_metrics_are_no_request(tracker):
     start(tracker).log_metrics([])
 
 
-def test_the_last_step_of_a_metric_is_known(tracker):
+def test_the_steps_that_are_logged_are_known(tracker):
     run = start(tracker)
-    assert run.last_step("loss") == -1
+    assert run.logged_steps("loss") == set()
     run.log_metrics([{"step": 50, "loss": 1.0}, {"step": 25, "loss": 1.0}])
-    assert run.last_step("loss") == 50
+    assert run.logged_steps("loss") == {25, 50}
+
+
+def test_a_record_that_is_sent_again_with_its_time_is_the_same_record(tracker):
+    run = start(tracker)
+    records = [{"step": step, "a": 0.1 * step, "b": float("nan"), TIMESTAMP: 1e12 + step} for step in range(1200)]
+    run.log_metrics(records[:700])
+    run.log_metrics(records)
+    run.log_metrics(records[100:])
+    assert history(tracker, run, "a") == [(step, 0.1 * step) for step in range(1200)]
+    assert [step for step, _ in history(tracker, run, "b")] == list(range(1200))
+
+
+def test_a_record_is_logged_whole_or_not_at_all(tracker, monkeypatch):
+    run, sent = start(tracker), []
+    monkeypatch.setattr(tracker.client, "log_batch", lambda _, metrics: sent.append(metrics))
+    run.log_metrics([{"step": step, **{f"m{key}": 0.0 for key in range(7)}} for step in range(300)])
+    assert [len(batch) for batch in sent] == [896, 896, 308]
+    assert all(len(batch) % 7 == 0 for batch in sent)
 
 
 def test_a_grid_and_a_text_become_artifacts(tracker):
@@ -571,6 +753,6 @@ def test_the_same_works_over_http_without_access_to_the_store(mlflow_uri, model,
     assert only(tracker.checkpoints(run.experiment_id)).has_result("x")
     run.finish("FINISHED")
     assert start(tracker).run_id == run.run_id
-    assert run.last_step("loss") == 25
+    assert run.logged_steps("loss") == {25}
     assert tracker.ui_command("r", "e")[0].partition("?")[0] == f"{mlflow_uri}/#/experiments/e/runs/r"
     assert {path.name for path in tmp_path.iterdir()} == {"model", "copy"}

@@ -5,7 +5,7 @@ processes that create one sqlite store at the same time corrupt it.
 """
 
 from pipeline.tracking.checkpoints import Checkpoint
-from pipeline.tracking.runs import STALE_SECONDS, TIMESTAMP, DataSetInput, MetricRecord, TrackedRun
+from pipeline.tracking.runs import TIMESTAMP, DataSetInput, MetricRecord, TakenOverError, TrackedRun
 from pipeline.tracking.store import Tracker
 
-__all__ = ["STALE_SECONDS", "TIMESTAMP", "Checkpoint", "DataSetInput", "MetricRecord", "TrackedRun", "Tracker"]
+__all__ = ["TIMESTAMP", "Checkpoint", "DataSetInput", "MetricRecord", "TakenOverError", "TrackedRun", "Tracker"]

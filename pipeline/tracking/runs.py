@@ -1,36 +1,42 @@
-"""One MLflow run that this process owns, and who may own it."""
+"""One MLflow run that this process owns, until another driver takes it over."""
 
 import functools
 import json
 import logging
-import os
-import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
-import psutil
 
 from pipeline import storage
-from pipeline.errors import UserError, WorldError, first_line
+from pipeline.errors import WorldError, first_line
 from pipeline.tracking.checkpoints import EVAL_STATUS, MODEL_TYPE, RUN_NAME, STEP, published
+from pipeline.tracking.ownership import (
+    HEARTBEAT,
+    HEARTBEAT_SECONDS,
+    OWNER,
+    RELEASED,
+    Claim,
+    latest_claim,
+    try_claim,
+    without_claims,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Metric, Run
 
 __all__ = [
-    "STALE_SECONDS",
     "TIMESTAMP",
     "DataSetInput",
     "MetricRecord",
+    "TakenOverError",
     "TrackedRun",
     "dataset_input",
     "one_line_errors",
-    "refuse_if_live",
 ]
 
 logger = logging.getLogger(__name__)
@@ -42,11 +48,6 @@ MetricRecord = Mapping[str, float]
 TIMESTAMP = "timestamp_ms"
 """When a record was made, in milliseconds since 1970; the time of sending when left out."""
 
-HEARTBEAT_SECONDS = 15.0
-STALE_SECONDS = 90.0
-"""A RUNNING run whose driver has been silent for this long may be taken over."""
-
-_OWNER, _HEARTBEAT = "ddpm.owner", "ddpm.heartbeat"
 _BATCH_METRICS = 900  # a batch takes at most 1,000
 
 
@@ -78,59 +79,73 @@ def one_line_errors(method: F) -> F:
     return cast(F, wrapped)
 
 
-class TrackedRun:
-    """One MLflow run that this process owns and writes."""
+class TakenOverError(WorldError):
+    """The run belongs to another driver by now: this one may not write any more."""
 
-    def __init__(self, client: "MlflowClient", run: "Run") -> None:
+
+class TrackedRun:
+    """One MLflow run that this process owns and writes.
+
+    A driver that was stopped or cut off for long may have been replaced: whatever writes asks first and raises
+    ``TakenOverError`` then.
+    """
+
+    def __init__(self, client: "MlflowClient", run: "Run", claim: Claim) -> None:
         self._client = client
+        self._claim = claim
         self.run_id: str = run.info.run_id
         self.experiment_id: str = run.info.experiment_id
         self.name: str = run.info.run_name
-        self.params: dict[str, str] = dict(run.data.params)
-        self._last_beat = 0.0
+        self.params: dict[str, str] = without_claims(run.data.params)
+        self.is_new = not self.params
+        self._last_beat = -HEARTBEAT_SECONDS
 
     def log_metrics(self, records: Sequence[MetricRecord]) -> None:
-        """Logs metrics of many steps in few requests. Raises ``MlflowException`` if the server is away."""
-        from mlflow.entities import Metric
+        """Logs metrics of many steps in few requests, each record whole or not at all; one sent again changes nothing.
 
+        Raises:
+            TakenOverError: Another driver owns the run.
+            MlflowException: The server is away; what was logged before stays.
+        """
+        if not records:
+            return
+        self._check_owner()
         now = int(time.time() * 1000)
-        metrics = [
-            Metric(key, value, int(record.get(TIMESTAMP, now)), int(record["step"]))
-            for record in records
-            for key, value in record.items()
-            if key not in ("step", TIMESTAMP)
-        ]
-        for start in range(0, len(metrics), _BATCH_METRICS):
-            self._client.log_batch(self.run_id, metrics=metrics[start : start + _BATCH_METRICS])
+        for batch in _batches([_metrics(record, now) for record in records]):
+            self._client.log_batch(self.run_id, metrics=batch)
 
     @one_line_errors
-    def last_step(self, key: str) -> int:
-        """The last step for which a metric was logged, -1 if none: MLflow appends a step that is logged again."""
-        return max((metric.step for metric in self._client.get_metric_history(self.run_id, key)), default=-1)
+    def logged_steps(self, key: str) -> set[int]:
+        """The steps for which a metric is logged: MLflow appends a step that is logged again at another time."""
+        return {metric.step for metric in self._client.get_metric_history(self.run_id, key)}
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Sets tags of the run."""
+        """Sets tags of the run. Raises as ``log_metrics``."""
         from mlflow.entities import RunTag
 
+        self._check_owner()
         self._client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def own(self) -> None:
         """Says that this process writes the run from now on."""
-        self._client.set_tag(self.run_id, _OWNER, _owner())
-        self.heartbeat()
+        self._client.update_run(self.run_id, status="RUNNING")
+        self.set_tags({OWNER: self._claim.owner, HEARTBEAT: str(int(time.time()))})
+        self._last_beat = time.monotonic()
 
     def heartbeat(self) -> None:
-        """Says that the driver is alive, at most every ``HEARTBEAT_SECONDS``."""
+        """Says that the driver is alive, at most every ``HEARTBEAT_SECONDS``. Raises as ``log_metrics``."""
         if time.monotonic() - self._last_beat >= HEARTBEAT_SECONDS:
-            self._client.set_tag(self.run_id, _HEARTBEAT, str(int(time.time())))
+            self.set_tags({HEARTBEAT: str(int(time.time()))})
             self._last_beat = time.monotonic()
 
     def log_grid(self, sheet: np.ndarray, step: int) -> None:
         """Logs a sample sheet, uint8 [H, W, C], under one key so that the UI shows a slider over the steps."""
+        self._check_owner()
         self._client.log_image(self.run_id, sheet, key="samples", step=step, synchronous=True)
 
     def log_text(self, text: str, file_name: str) -> None:
         """Logs a text file as an artifact of the run."""
+        self._check_owner()
         self._client.log_text(self.run_id, text, file_name)
 
     @one_line_errors
@@ -144,6 +159,7 @@ class TrackedRun:
         Returns:
             The model's id.
         """
+        self._check_owner()
         model = self._client.create_logged_model(
             self.experiment_id,
             name=f"{self.name.replace('.', '_')}-step-{step:08d}",  # MLflow allows no dots there
@@ -157,34 +173,49 @@ class TrackedRun:
 
     @one_line_errors
     def finish(self, status: Status) -> None:
-        """Ends the run with a truthful status."""
+        """Ends the run with a truthful status and lets go of it.
+
+        Raises:
+            TakenOverError: Another driver owns the run, and its status is that driver's affair.
+        """
+        # The tag first: whoever finds the run RUNNING after a crash in between knows what to set.
+        self.set_tags({RELEASED: f"{self._claim.number} {status}"})
         self._client.set_terminated(self.run_id, status)
 
+    def _check_owner(self) -> None:
+        latest = latest_claim(self._client.get_run(self.run_id))
+        if latest is None or latest.token == self._claim.token:
+            return
+        if latest.ended and not latest.is_final:
+            # MLflow was away for so long that a bystander took this driver for dead.
+            again = Claim(number=latest.number + 1)
+            if try_claim(self._client, self.run_id, again):
+                self._claim = again
+                self.own()
+                return
+            latest = latest_claim(self._client.get_run(self.run_id)) or latest
+        if latest.ended:
+            raise TakenOverError(f"run {self.name} was ended from outside: {latest.ended}")
+        raise TakenOverError(f"another driver has taken over run {self.name} ({latest.owner}); this one ends")
 
-def _owner() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"
+
+def _metrics(record: MetricRecord, now: int) -> "list[Metric]":
+    from mlflow.entities import Metric
+
+    when, step = int(record.get(TIMESTAMP, now)), int(record["step"])
+    return [Metric(key, value, when, step) for key, value in record.items() if key not in ("step", TIMESTAMP)]
 
 
-def refuse_if_live(client: "MlflowClient", run: "Run") -> None:
-    """Refuses a run whose driver lives. Of a driver on another machine only its heartbeat can tell, so that is watched:
-    a retried job, whose first driver died a moment ago, waits until it is sure and then goes on.
-    """
-    owner, first_beat = run.data.tags.get(_OWNER, ":0"), run.data.tags.get(_HEARTBEAT, "0")
-    host, _, pid = owner.rpartition(":")
-    here = host == socket.gethostname()
-    if run.info.status != "RUNNING" or owner == _owner() or (here and not psutil.pid_exists(int(pid))):
-        return
-    beat = first_beat
-    while not here and beat == first_beat and (silent := time.time() - float(beat)) < STALE_SECONDS:
-        logger.info("run %s: waiting to see whether its driver %s is alive", run.info.run_name, owner)
-        time.sleep(min(5.0, STALE_SECONDS - silent))
-        beat = client.get_run(run.info.run_id).data.tags.get(_HEARTBEAT, "0")
-    if beat == first_beat and time.time() - float(beat) >= STALE_SECONDS:
-        return
-    raise UserError(
-        f"run {run.info.run_name!r} is being written by a live driver ({owner}, last seen "
-        f"{time.time() - float(beat):.0f} s ago); wait for it, end it, or choose another --name"
-    )
+def _batches(records: "Sequence[list[Metric]]") -> "Iterator[list[Metric]]":
+    """Requests of at most ``_BATCH_METRICS`` metrics. Each is one transaction, so a record must not lie in two."""
+    batch: list[Metric] = []
+    for metrics in records:
+        if batch and len(batch) + len(metrics) > _BATCH_METRICS:
+            yield batch
+            batch = []
+        batch += metrics
+    if batch:
+        yield batch
 
 
 def dataset_input(data_set: DataSetInput) -> Any:

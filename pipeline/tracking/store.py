@@ -1,9 +1,14 @@
 """A connection to one MLflow store."""
 
+import contextlib
+import fcntl
 import json
+import logging
 import os
+import random
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
@@ -11,8 +16,10 @@ from urllib.parse import urlsplit, urlunsplit
 from pipeline import storage
 from pipeline.config import as_params
 from pipeline.errors import UserError, WorldError, first_line
+from pipeline.tracking import ownership
 from pipeline.tracking.checkpoints import EVAL_STATUS, Checkpoint, protocol_tag, published
-from pipeline.tracking.runs import DataSetInput, TrackedRun, dataset_input, one_line_errors, refuse_if_live
+from pipeline.tracking.ownership import Claim
+from pipeline.tracking.runs import DataSetInput, TrackedRun, dataset_input, one_line_errors
 
 # An outage must not hold the driver for minutes: few short retries here, records are kept and sent later instead.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -26,6 +33,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Tracker"]
 
+logger = logging.getLogger(__name__)
+
+_SETTLE_SECONDS = 0.3
+"""How long a new run waits for others of its name that are created at the same moment."""
+_MAX_STARTS = 8
 _PARAM_LIMIT = 6000  # MLflow's, in characters
 # Without it the UI guesses from the contents and may show the pages for language models.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
@@ -51,9 +63,10 @@ class Tracker:
 
         try:
             mlflow.set_tracking_uri(self.uri)
-            self.client: MlflowClient = MlflowClient(self.uri)
-            self.client.search_experiments(max_results=1)
-        except (MlflowException, SQLAlchemyError, ImportError) as error:
+            with _one_at_a_time(self.uri):
+                self.client: MlflowClient = MlflowClient(self.uri)
+                self.client.search_experiments(max_results=1)
+        except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
             # ImportError: the database's driver is not installed.
             raise WorldError(f"MLflow at {self.shown_uri} refused: {first_line(error)}") from error
 
@@ -77,9 +90,7 @@ class Tracker:
         if not create:
             known = ", ".join(sorted(entry.name for entry in self.client.search_experiments())) or "none"
             raise UserError(f"no experiment {name!r} in {self.shown_uri}; known: {known}")
-        # A local store would put artifacts into ./mlartifacts of whatever the working directory is.
-        local = None if self.uri.startswith("http") else _file_uri(storage.join(storage.home(), "mlartifacts", name))
-        return self.client.create_experiment(name, artifact_location=local, tags=_EXPERIMENT_TAGS)
+        return self._create_experiment(name)
 
     @one_line_errors
     def start_run(
@@ -92,40 +103,50 @@ class Tracker:
         data_set: DataSetInput | None = None,
         parent_run_id: str | None = None,
     ) -> TrackedRun:
-        """Creates the run of this name, or continues it.
+        """Creates the run of this name, or continues it; of several that do so at the same moment one goes on.
 
         Raises:
             UserError: A live driver is writing the run, or the name belongs to another experiment.
         """
         experiment_id = self.experiment(experiment, create=True)
-        run = self.find_run(name)
-        if run is None:
-            run = self._create_run(name, experiment_id, params, tags, data_set, parent_run_id)
-        else:
-            if run.info.experiment_id != experiment_id:
-                other = self.client.get_experiment(run.info.experiment_id).name
-                raise UserError(f"--name {name!r} is a run of experiment {other!r}; choose another name")
-            refuse_if_live(self.client, run)
-            self.client.update_run(run.info.run_id, status="RUNNING")
-        tracked = TrackedRun(self.client, run)
-        tracked.own()
-        tracked.set_tags(tags)
+        parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
+        tracked = self._claim_run(name, experiment_id, {**tags, **parent})
+        try:
+            if tracked.is_new:
+                self._describe(tracked, params, data_set)
+            tracked.own()
+            tracked.set_tags(tags)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                tracked.finish("FAILED")
+            raise
+        self.close_abandoned(experiment_id)
         return tracked
 
     @one_line_errors
     def find_run(self, name: str) -> "Run | None":
-        """The newest run of this name, in any experiment."""
-        experiments = [entry.experiment_id for entry in self.client.search_experiments()]
-        quoted = name.replace("'", "''")
-        runs = self.client.search_runs(experiments, f"attributes.run_name = '{quoted}'", max_results=1)
-        return runs[0] if runs else None
+        """The run of this name, in any experiment; the newest, should others have been made by hand."""
+        runs = self._runs_called(name)
+        return max(runs, key=_precedence) if runs else None
+
+    def close_abandoned(self, experiment_id: str) -> None:
+        """Marks runs of an experiment KILLED that say RUNNING, but whose driver is gone; never those of other programs.
+
+        A courtesy: MLflow refusing it stops nothing.
+        """
+        query = f"attributes.status = 'RUNNING' and tags.`{ownership.HEARTBEAT}` != ''"
+        try:
+            for name in ownership.close_abandoned(self.client, self.client.search_runs([experiment_id], query)):
+                logger.info("run %s is marked KILLED: its driver is gone", name)
+        except Exception as error:  # MLflow lets through whatever its store raises.
+            logger.debug("abandoned runs could not be marked: %s", first_line(error))
 
     @one_line_errors
     def end_children(self, parent_run_id: str, experiment_id: str) -> None:
-        """Marks runs of a sweep that still say RUNNING as KILLED: their processes ended with the sweep."""
+        """Marks runs of a sweep that still say RUNNING as KILLED; a driver that still lives ends as well."""
         query = f"tags.`mlflow.parentRunId` = '{parent_run_id}' and attributes.status = 'RUNNING'"
         for run in self.client.search_runs([experiment_id], query):
-            self.client.set_terminated(run.info.run_id, "KILLED")
+            ownership.close(self.client, run, "its sweep ended", is_final=True)
 
     @one_line_errors
     def run_names(self, limit: int = 20) -> list[str]:
@@ -136,7 +157,7 @@ class Tracker:
     @one_line_errors
     def params(self, run_id: str) -> dict[str, str]:
         """Params of a run."""
-        return dict(self.client.get_run(run_id).data.params)
+        return ownership.without_claims(self.client.get_run(run_id).data.params)
 
     @one_line_errors
     def checkpoints(self, experiment_id: str, *, run_id: str | None = None) -> list[Checkpoint]:
@@ -187,24 +208,91 @@ class Tracker:
             f"http://127.0.0.1:5000{page}",
         ]
 
-    def _create_run(
-        self,
-        name: str,
-        experiment_id: str,
-        params: Mapping[str, Any],
-        tags: Mapping[str, str],
-        data_set: DataSetInput | None,
-        parent_run_id: str | None,
-    ) -> "Run":
+    def _create_experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        # A local store would put artifacts into ./mlartifacts of whatever the working directory is.
+        local = None if self.uri.startswith("http") else _file_uri(storage.join(storage.home(), "mlartifacts", name))
+        try:
+            return self.client.create_experiment(name, artifact_location=local, tags=_EXPERIMENT_TAGS)
+        except MlflowException:
+            created = self.client.get_experiment_by_name(name)  # by another job, a moment ago
+            if created is None:
+                raise
+            return str(created.experiment_id)
+
+    def _claim_run(self, name: str, experiment_id: str, tags: Mapping[str, str]) -> TrackedRun:
+        for _ in range(_MAX_STARTS):
+            run = self.find_run(name)
+            if run is None:
+                if (tracked := self._create_run(name, experiment_id, tags)) is not None:
+                    return tracked
+                continue
+            if run.info.experiment_id != experiment_id:
+                other = self.client.get_experiment(run.info.experiment_id).name
+                raise UserError(f"--name {name!r} is a run of experiment {other!r}; choose another name")
+            return TrackedRun(self.client, run, ownership.claim(self.client, run))
+        raise WorldError(
+            f"run {name!r} is being started by several drivers at the same moment; start one of them again"
+        )
+
+    def _create_run(self, name: str, experiment_id: str, tags: Mapping[str, str]) -> TrackedRun | None:
+        """Creates a run and claims it, unless another one of its name is being created; then nothing is left behind.
+
+        Names are not unique in MLflow. Safe without any clock: everyone writes its claim before it looks for those of
+        others, so of two that claimed at least the later one sees both and withdraws. That not both do is likely, not
+        certain (the settling time, and a pause of random length before the next try).
+        """
+        creator = Claim(number=0)
+        marks = {ownership.CREATOR: creator.to_json(), ownership.HEARTBEAT: str(int(creator.time))}
+        run_id = self.client.create_run(experiment_id, run_name=name, tags={**tags, **marks}).info.run_id
+        time.sleep(_SETTLE_SECONDS)
+        first = min(self._runs_called(name), key=lambda run: (not _is_claimed(run), run.info.run_id))
+        if first.info.run_id == run_id and not _is_claimed(first):
+            claim = Claim(number=1)
+            if not ownership.try_claim(self.client, run_id, claim):
+                return None
+            if not any(_is_claimed(run) for run in self._runs_called(name) if run.info.run_id != run_id):
+                return TrackedRun(self.client, self.client.get_run(run_id), claim)
+        self.client.delete_run(run_id)
+        time.sleep(random.uniform(0, 3 * _SETTLE_SECONDS))
+        return None
+
+    def _describe(self, tracked: TrackedRun, params: Mapping[str, Any], data_set: DataSetInput | None) -> None:
         from mlflow.entities import Param
 
-        parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
-        run = self.client.create_run(experiment_id, run_name=name, tags={**tags, **parent})
         entries = [Param(key, text[:_PARAM_LIMIT]) for key, text in as_params(dict(params)).items()]
-        self.client.log_batch(run.info.run_id, params=entries)
+        self.client.log_batch(tracked.run_id, params=entries)
+        tracked.params = {entry.key: entry.value for entry in entries}
         if data_set is not None:
-            self.client.log_inputs(run.info.run_id, [dataset_input(data_set)])
-        return self.client.get_run(run.info.run_id)
+            self.client.log_inputs(tracked.run_id, [dataset_input(data_set)])
+
+    def _runs_called(self, name: str) -> "list[Run]":
+        experiments = [entry.experiment_id for entry in self.client.search_experiments()]
+        quoted = name.replace("'", "''")
+        return list(self.client.search_runs(experiments, f"attributes.run_name = '{quoted}'", max_results=100))
+
+
+def _is_claimed(run: "Run") -> bool:
+    latest = ownership.latest_claim(run)
+    return latest is not None and latest.number > 0
+
+
+def _precedence(run: "Run") -> tuple[bool, int]:
+    """A run that somebody claimed goes before one that a driver created and did not live to claim."""
+    return _is_claimed(run), run.info.start_time
+
+
+@contextlib.contextmanager
+def _one_at_a_time(uri: str) -> Iterator[None]:
+    """Several processes that create one sqlite store at the same time corrupt it: the first one creates it."""
+    path = uri.removeprefix("sqlite:///")
+    if path == uri or not Path(path).parent.is_dir():
+        yield
+        return
+    with Path(f"{path}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _tracking_uri() -> str:

@@ -126,7 +126,7 @@ class Recorder:
         self._unpublished: list[_Publication] = []
         # After a failure Ray Train repeats steps. They are the same steps with the same values, and MLflow would
         # append them: each step is sent once.
-        self._last_step = run.last_step("train/loss")
+        self._logged = run.logged_steps("train/loss")
         self._published = run.published_steps()
         # Ray Train keeps few checkpoints: what is published is copied as soon as it is committed, whatever MLflow does.
         self._copies = tempfile.TemporaryDirectory(prefix="ddpm-publish-")
@@ -200,11 +200,11 @@ class Recorder:
         for item in cast(Any, ray).get(cast(Any, self._mailbox).take_all.remote()):
             if isinstance(item, Committed):
                 self.publish(item)
-            elif item["step"] > self._last_step:
+            elif item["step"] not in self._logged:
                 self._note(item)
 
     def _note(self, record: Record) -> None:
-        self._last_step = int(record["step"])
+        self._logged.add(int(record["step"]))
         # The time of the first try: a record that is sent twice is then the same record to MLflow.
         self._unsent.append({**record, TIMESTAMP: time.time() * 1000})
         self._show(record)

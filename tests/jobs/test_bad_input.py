@@ -145,8 +145,11 @@ def test_a_name_in_use_by_a_live_run_is_refused_before_anything_is_written(
 ) -> None:
     tracker = Tracker()
     run = tracker.start_run("busy", experiment="ddpm", params=to_flat(TrainConfig()), tags={})
-    run.set_tags({"ddpm.owner": f"{socket.gethostname()}:{os.getppid()}"})
     from pipeline.errors import UserError
+    from pipeline.tracking.ownership import Claim
+
+    other = Claim(number=2, pid=os.getppid())
+    tracker.client.log_param(run.run_id, other.key, other.to_json())
 
     with pytest.raises(UserError, match=r"'busy' is being written by a live driver"):
         tracker.start_run("busy", experiment="ddpm", params={}, tags={})
