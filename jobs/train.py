@@ -34,7 +34,8 @@ def main(argv: list[str]) -> tuple[dict[str, Any], str]:
         return asdict(facts), facts.text()
     from pipeline.training.session import train_run
 
-    run = train_run(arguments.config, then=_evaluation(arguments) if arguments.evaluate else None)
+    then = _evaluation(arguments) if arguments.evaluate else None
+    run = train_run(arguments.config, then=then, live=not arguments.json)
     return run.to_json(), run.text()
 
 

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -20,10 +21,10 @@ import tyro
 
 from pipeline import cluster
 from pipeline.config import Switch, TrainConfig
-from pipeline.errors import UserError, WorldError
+from pipeline.errors import Interrupted, UserError, WorldError
 from pipeline.presets import PRESETS, preset
 
-__all__ = ["JobFlags", "parse", "parse_with_preset", "run_job"]
+__all__ = ["JobFlags", "continuation", "parse", "parse_with_preset", "run_job"]
 
 A = TypeVar("A")
 Result = dict[str, Any]
@@ -117,12 +118,22 @@ def run_job(job: Callable[[list[str]], tuple[Result, str]], argv: list[str] | No
             result, text = _failure(error, 2)
         except (WorldError, OSError) as error:
             result, text = _failure(error, 1)
+        except Interrupted as stop:
+            result, text = _failure(stop, 130)
+            result["continue_with"] = continuation(words, stop.run)
+            print(f"continue with: {result['continue_with']}", file=sys.stderr)
         except KeyboardInterrupt:
             result, text = _failure("interrupted", 130)
         print_result(json.dumps(result) if as_json else text)
         code = int(result.get("exit_code", 0))
     sys.stdout.flush()
     raise SystemExit(code)
+
+
+def continuation(words: list[str], run: str) -> str:
+    """The command line that continues a run: this process's own, with the name that it may have been given since."""
+    command = sys.orig_argv[: len(sys.orig_argv) - len(words)] + words
+    return shlex.join(command if _value_of("--name", words) else [*command, "--name", run])
 
 
 def _failure(error: object, exit_code: int) -> tuple[Result, str]:

@@ -235,3 +235,19 @@ def test_a_private_cluster_gets_a_fresh_token(monkeypatch):
     assert first["RAY_AUTH_MODE"] == "token"
     assert len(bytes.fromhex(first["RAY_AUTH_TOKEN"])) == 32
     assert first["RAY_AUTH_TOKEN"] != second["RAY_AUTH_TOKEN"]
+
+
+def test_an_interrupted_run_says_what_is_saved_and_how_to_go_on():
+    body = """
+    from pipeline.errors import Interrupted
+    raise Interrupted("a-run", None if "--early" in argv else 1500)
+    """
+    done = run_script(body, "--steps", "3 000")
+    assert done.returncode == 130
+    first, _, second = done.stderr.strip().partition("\n")
+    assert first == "error: interrupted; run a-run is saved up to step 1,500"
+    assert second.startswith(f"continue with: {sys.executable} -c ")
+    assert second.endswith(" --steps '3 000' --name a-run")
+    named = run_script(body, "--name=a-run", "--early", "--json")
+    assert json.loads(named.stdout)["continue_with"].endswith(" --name=a-run --early --json")
+    assert "has no checkpoint yet" in named.stderr

@@ -27,6 +27,7 @@ from pipeline.model_folder import EMA_FILE, build_schedule, build_unet, load_ten
 from pipeline.tracking import TIMESTAMP, TrackedRun
 from pipeline.training.checkpoint import save_published
 from pipeline.training.loop import Record
+from pipeline.training.progress import Lines, Progress
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -36,7 +37,6 @@ __all__ = ["Committed", "Mailbox", "Recorder", "TellCommits", "open_mailbox"]
 
 logger = logging.getLogger(__name__)
 
-_LINE_SECONDS = 10.0
 _RETRY_SECONDS = 10.0
 _POLL_SECONDS = 1.0
 _PATIENCE_SECONDS = 120.0
@@ -107,6 +107,7 @@ class Recorder:
         *,
         grid_folder: str,
         tags: Mapping[str, str],
+        progress: Progress | None = None,
     ) -> None:
         """Looks up what an earlier driver of this run has already sent.
 
@@ -116,6 +117,7 @@ class Recorder:
             mailbox: Where workers and controller put messages.
             grid_folder: Where sample sheets are written as PNG files.
             tags: Tags of every published checkpoint.
+            progress: Shows records; plain lines when left out.
         """
         self._run = run
         self._config = config
@@ -135,8 +137,9 @@ class Recorder:
         self._publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self._publishing: Future[bool] | None = None
         self._next_try = 0.0
-        self._next_line = time.monotonic() + _LINE_SECONDS
+        self._progress = progress or Lines(config.steps)
         self.last_record: Record = {}
+        self.saved_step: int | None = None
         self.last_grid: str | None = None
 
     def turn(self) -> None:
@@ -199,6 +202,7 @@ class Recorder:
         # Ray's stubs lose the type of an actor method's result.
         for item in cast(Any, ray).get(cast(Any, self._mailbox).take_all.remote()):
             if isinstance(item, Committed):
+                self.saved_step = item.step
                 self.publish(item)
             elif item["step"] not in self._logged:
                 self._note(item)
@@ -207,7 +211,8 @@ class Recorder:
         self._logged.add(int(record["step"]))
         # The time of the first try: a record that is sent twice is then the same record to MLflow.
         self._unsent.append({**record, TIMESTAMP: time.time() * 1000})
-        self._show(record)
+        self.last_record = record
+        self._progress.show(record)
 
     def _send(self) -> None:
         self._run.heartbeat()
@@ -262,28 +267,6 @@ class Recorder:
         self.last_grid = storage.join(self._grid_folder, f"step-{step:08d}.png")
         storage.write_bytes(self.last_grid, encode_png(sheet))
         self._run.log_grid(sheet.permute(1, 2, 0).numpy(), step)
-
-    def _show(self, record: Record) -> None:
-        self.last_record = record
-        if time.monotonic() < self._next_line and record["step"] < self._config.steps:
-            return
-        self._next_line = time.monotonic() + _LINE_SECONDS
-        remaining = (self._config.steps - record["step"]) * record["perf/step_seconds"]
-        logger.info(
-            "step %d/%d  loss %.4f  %.0f images/s  data wait %.0f %%  about %s left",
-            record["step"],
-            self._config.steps,
-            record["train/loss"],
-            record["perf/images_per_second"],
-            100 * record["perf/data_wait_ratio"],
-            _duration(remaining),
-        )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 @dataclass(kw_only=True)

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 from pipeline import cluster
 from pipeline.config import TrainConfig
+from pipeline.errors import Interrupted
 from pipeline.tracking import Tracker
-from pipeline.training.task import check_model, plan
+from pipeline.training.task import TrainingTask, check_model, plan
 from pipeline.training.trainer import TrainResult, fit, new_name
 
 __all__ = ["Outcome", "train_run"]
@@ -77,16 +78,20 @@ class Outcome:
         return "\n".join(["", *(f"{name:<{width}}  {value}" for name, value in rows)])
 
 
-def train_run(config: TrainConfig, *, then: Callable[[str, Tracker], Distance | None] | None = None) -> Outcome:
+def train_run(
+    config: TrainConfig, *, then: Callable[[str, Tracker], Distance | None] | None = None, live: bool = False
+) -> Outcome:
     """Trains, or continues, a run; starts Ray if no cluster is given.
 
     Args:
         config: The run's knobs.
         then: Called with the run's name once it is finished, in the same Ray session.
+        live: Whether progress may be drawn as a bar, if stderr is a terminal.
 
     Raises:
         UserError: Config, data set or name is refused; nothing was started.
         WorldError: MLflow or Ray does not answer, or training failed.
+        Interrupted: Ctrl-C or SIGTERM.
     """
     started = time.monotonic()
     config = replace(config, name=config.name or new_name(config))
@@ -94,17 +99,27 @@ def train_run(config: TrainConfig, *, then: Callable[[str, Tracker], Distance | 
     task = plan(config)
     tracker = Tracker()
     workers = config.cluster
-    logger.info(
-        "run %s: %s parameters, %s images from %s, %s workers on %s, MLflow %s",
-        config.name,
-        f"{parameters:,}",
-        f"{task.manifest.num_images:,}",
-        task.location,
-        workers.num_workers,
-        "GPU" if workers.use_gpu else "CPU",
-        tracker.shown_uri,
-    )
+    for label, text in _facts(task, parameters):
+        logger.info("%-8s  %s", label, text)
     with cluster.connect(num_cpus=workers.max_workers * workers.cpus_per_worker):
-        result = fit(config, tracker)
-        distance = then(result.name, tracker) if then else None
+        result = fit(config, tracker, live=live)
+        try:
+            distance = then(result.name, tracker) if then else None
+        except KeyboardInterrupt:
+            raise Interrupted(result.name, result.step) from None
     return Outcome(train=result, distance=distance, seconds=time.monotonic() - started)
+
+
+def _facts(task: TrainingTask, parameters: int) -> list[tuple[str, str]]:
+    """What a person wants to see before anything starts."""
+    config, manifest = task.config, task.manifest
+    shape = f"{manifest.image_channels}x{manifest.image_size}x{manifest.image_size}"
+    workers = config.cluster
+    device = "GPUs" if workers.use_gpu else f"CPU, threads of each: {workers.cpus_per_worker}"
+    return [
+        ("run", str(config.name)),
+        ("device", f"{workers.num_workers} workers on {device}"),
+        ("network", f"{parameters:,} parameters"),
+        ("data", f"{task.location}: {manifest.num_images:,} images of {shape}"),
+        ("steps", f"{config.steps:,} of {config.data.batch_size} images"),
+    ]

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,13 +29,14 @@ from torch import nn
 from pipeline import cluster, storage
 from pipeline.config import TrainConfig, to_flat
 from pipeline.data.faults import DataError, TooMuchDamageError
-from pipeline.errors import UserError, WorldError, first_line
+from pipeline.errors import Interrupted, UserError, WorldError, first_line
 from pipeline.model_folder import read_meta
 from pipeline.provenance import code_record
 from pipeline.tracking import Checkpoint as PublishedCheckpoint
 from pipeline.tracking import DataSetInput, TrackedRun, Tracker
 from pipeline.training.checkpoint import checkpoint_name
 from pipeline.training.loop import HopelessError, Record, Worker, train
+from pipeline.training.progress import open_progress
 from pipeline.training.recorder import Committed, Recorder, TellCommits, open_mailbox
 from pipeline.training.task import TrainingTask, differences, plan
 
@@ -76,6 +78,7 @@ def fit(
     *,
     parent_run_id: str | None = None,
     tags: Mapping[str, str] | None = None,
+    live: bool = False,
 ) -> TrainResult:
     """Trains, or continues, the run called ``config.name`` on the Ray cluster this process has joined.
 
@@ -84,17 +87,21 @@ def fit(
         tracker: Connected to MLflow.
         parent_run_id: The sweep's run, for a trial.
         tags: Further tags of the MLflow run.
+        live: Whether progress may be drawn as a bar, if stderr is a terminal.
 
     Raises:
         UserError: Config, data set or name is refused; nothing was started.
         WorldError: Training failed; the message carries the worker's own.
+        Interrupted: Ctrl-C or SIGTERM.
     """
     config = replace(config, name=config.name or new_name(config))
     task = plan(config)
     workers = config.cluster
     cluster.require(num_workers=workers.min_workers, cpus_per_worker=workers.cpus_per_worker, use_gpu=workers.use_gpu)
     run = _open_run(task, tracker, parent_run_id, tags or {})
-    with _truthful_status(run):
+    for label, text in zip(("MLflow", ""), tracker.ui_command(run.run_id, run.experiment_id), strict=False):
+        logger.info("%-8s  %s", label, text)
+    with _truthful_status(run), closing(open_progress(config.steps, live=live)) as progress:
         mailbox = open_mailbox()
         recorder = Recorder(
             run,
@@ -102,6 +109,7 @@ def fit(
             mailbox,
             grid_folder=storage.join(_runs_root(), run.name, "samples"),
             tags={"data.digest": task.manifest.digest, "data.location": task.location, "weights": "ema"},
+            progress=progress,
         )
         trainer = TorchTrainer(
             _worker,  # type: ignore[arg-type]  # its return value comes back as result.return_value
@@ -127,7 +135,7 @@ def fit(
             raise
         except KeyboardInterrupt:
             recorder.save_records()
-            raise
+            raise Interrupted(run.name, recorder.saved_step) from None
         recorder.finish()
     record = recorder.last_record
     return TrainResult(

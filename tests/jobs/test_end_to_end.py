@@ -102,6 +102,12 @@ def test_a_run_is_trained_tracked_published_and_evaluated_and_its_name_continues
     assert "lr was 0.002, now 0.1" in other.stderr
 
 
+def run_id_of(home: str) -> str:
+    """The id of the only run."""
+    mlflow = client(home)
+    return str(mlflow.search_runs([mlflow.get_experiment_by_name("ddpm").experiment_id])[0].info.run_id)
+
+
 def test_a_stopped_driver_leaves_a_killed_run_that_the_same_command_finishes(home: str) -> None:
     words = [sys.executable, "jobs/train.py", *TINY, "--name", "stopped", "--steps", "100000", "--json"]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
@@ -116,6 +122,9 @@ def test_a_stopped_driver_leaves_a_killed_run_that_the_same_command_finishes(hom
     assert job.returncode == 130, stderr
     assert "Traceback" not in stderr
     assert '"exit_code": 130' in stdout
+    assert "interrupted; run stopped is saved up to step " in stderr
+    assert f"continue with: {sys.executable} jobs/train.py " in stderr
+    assert f"/runs/{run_id_of(home)}?" in stderr.partition("step ")[0], "the link comes before the first step"
     mlflow = client(home)
     experiment = mlflow.get_experiment_by_name("ddpm")
     run = mlflow.search_runs([experiment.experiment_id])[0]
