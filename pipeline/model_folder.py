@@ -31,6 +31,8 @@ __all__ = [
     "average_files",
     "build_schedule",
     "build_unet",
+    "encode_meta",
+    "encode_tensors",
     "load_tensors",
     "read_meta",
     "verified_bytes",
@@ -92,10 +94,14 @@ def build_schedule(config: ScheduleConfig) -> NoiseSchedule:
     return make_schedule(**to_flat(config))
 
 
+def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors as the content of a safetensors file."""
+    return safetensors.torch.save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+
+
 def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Writes one safetensors file."""
-    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    (folder / name).write_bytes(safetensors.torch.save(contiguous))
+    (folder / name).write_bytes(encode_tensors(tensors))
 
 
 def write_meta(
@@ -105,16 +111,28 @@ def write_meta(
     names = sorted(path.name for path in folder.iterdir() if path.name != META_FILE)
     files = {name: storage.sha256_hex((folder / name).read_bytes()) for name in names}
     meta = Meta(step=step, config=config, data=data, code=code, files=files)
+    (folder / META_FILE).write_bytes(encode_meta(step=step, config=config, data=data, code=code, files=files))
+    return meta
+
+
+def encode_meta(
+    *,
+    step: int,
+    config: TrainConfig,
+    data: Mapping[str, Any],
+    code: Mapping[str, str],
+    files: Mapping[str, str],
+) -> bytes:
+    """The content of ``meta.json``; the fields are those of ``Meta``."""
     record = {
         "format_version": FORMAT_VERSION,
         "step": step,
         "config": to_flat(config),
         "data": dict(data),
         "code": dict(code),
-        "files": files,
+        "files": dict(files),
     }
-    (folder / META_FILE).write_text(json.dumps(record, indent=2) + "\n")
-    return meta
+    return (json.dumps(record, indent=2) + "\n").encode()
 
 
 def read_meta(folder: Path) -> Meta:

@@ -7,22 +7,26 @@ from pathlib import Path
 
 from pipeline.errors import WorldError
 from pipeline.storage.locations import PARTIAL, is_remote, split
+from pipeline.storage.patience import patiently
 from pipeline.storage.s3_client import s3, s3_errors
 
 __all__ = ["sha256_hex", "write_bytes"]
 
 
-def write_bytes(location: str, data: bytes) -> None:
+def write_bytes(location: str, data: bytes, *, patience_seconds: float = 0) -> None:
     """Writes a file whole or not at all: a reader sees the old bytes or the new ones, never a part.
+
+    Args:
+        location: The file.
+        data: Its content.
+        patience_seconds: How long to try again while S3 is unreachable.
 
     Raises:
         UnreachableError: S3 did not answer.
         WorldError: The disk is full, the folder is not writable, or S3 refused.
     """
     if is_remote(location):
-        bucket, key = split(location)
-        with s3_errors(location):
-            s3().put_object(Bucket=bucket, Key=key, Body=data)
+        patiently(location, patience_seconds, lambda: _put(location, data))
         return
     path = Path(location)
     temporary = ""
@@ -39,6 +43,12 @@ def write_bytes(location: str, data: bytes) -> None:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
         raise WorldError(f"cannot write {location}: {error.strerror or error}") from error
+
+
+def _put(location: str, data: bytes) -> None:
+    bucket, key = split(location)
+    with s3_errors(location):
+        s3().put_object(Bucket=bucket, Key=key, Body=data)
 
 
 def sha256_hex(data: bytes) -> str:

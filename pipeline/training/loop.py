@@ -1,59 +1,39 @@
 """The loop of one worker, Ray or not: batch, noise, loss, backward, clip, step, EMA, log?, checkpoint?."""
 
+import contextlib
 import math
-import tempfile
-import time
-from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline import draws
 from pipeline.config import OptimizerConfig, TrainConfig, as_params, to_flat
-from pipeline.data.faults import TooMuchDamageError
 from pipeline.data.loader import Batch, Loader
-from pipeline.diffusion.ema import Ema
-from pipeline.diffusion.process import q_sample, simple_loss
-from pipeline.errors import WorldError
+from pipeline.diffusion.averages import Averages
+from pipeline.diffusion.noise_schedule import NoiseSchedule
 from pipeline.model_folder import build_schedule, build_unet, read_meta
+from pipeline.training.arithmetic import Arithmetic, make_optimizer, settle_device
 from pipeline.training.audit import AuditLog
-from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.training.checkpoint import RunState, Saver, load_checkpoint
+from pipeline.training.meter import Meter
+from pipeline.training.objective import hidden_labels, image_losses
 from pipeline.training.task import TrainingTask, differences
+from pipeline.training.worker import HopelessError, Worker
 
-__all__ = ["HopelessError", "Record", "Worker", "is_due", "learning_rate", "noise_of", "train"]
+__all__ = ["Prepared", "is_due", "learning_rate", "noise_of", "train"]
 
-Record = dict[str, float]
-"""Metrics of one logging window by key, with ``step``: the number of optimizer steps done."""
-
-
-class HopelessError(WorldError):
-    """Trying again from the last checkpoint ends in the same way. Every rank raises it at the same step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Worker:
-    """What the loop needs to know of the place where it runs."""
-
-    rank: int
-    num_workers: int
-    device: torch.device
-    wrap: Callable[[nn.Module], nn.Module]
-    """Makes the model data-parallel (identity for one worker)."""
-    log: Callable[[Record], None]
-    """Takes a record of metrics; called on rank 0 alone."""
-    commit: Callable[[int, Path | None], None]
-    """Takes (step, checkpoint folder); called on every rank, with a folder on rank 0 alone; a barrier."""
+Prepared = tuple[Batch, Tensor, Tensor, Tensor | None]
+"""A batch with its timesteps, noise and labels."""
 
 
 def train(task: TrainingTask, worker: Worker, resume_from: Path | None = None) -> int:
     """Trains until ``steps`` and returns the step reached.
 
-    A run's state is (weights, EMA, optimizer, step). Images, flips, t, eps and dropout are functions of (seed, step)
-    (dropout also of the rank), so nothing else is saved or restored.
+    A run's state is (weights, EMA, optimizer, step). Images, flips, t, eps, hidden labels and dropout are functions of
+    (seed, step) (dropout also of the rank), so nothing else is saved or restored.
 
     Args:
         task: The checked config and its data set.
@@ -65,38 +45,41 @@ def train(task: TrainingTask, worker: Worker, resume_from: Path | None = None) -
         WorldError: A checkpoint or shard is damaged.
     """
     config = task.config
-    torch.set_num_threads(config.cluster.cpus_per_worker)
+    settle_device(config.compute, worker.device, num_threads=config.cluster.cpus_per_worker)
+    arithmetic = Arithmetic(config.compute, worker.device)
     schedule = build_schedule(config.diffusion).to(worker.device)
     unet = build_unet(config.model, seed=config.seed).to(worker.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    unet.train()
+    if config.compute.compile:
+        unet.compile()  # in place: the names of the weights stay
     model = worker.wrap(unet)
-    model.train()
-    _settle_buckets(model, task, worker)
-    ema = Ema(unet, decay=config.optimizer.ema_decay, warmup=config.optimizer.ema_warmup)
-    optimizer = torch.optim.Adam(unet.parameters(), lr=config.optimizer.lr, eps=config.optimizer.adam_eps)
+    _settle_buckets(model, task, worker, arithmetic)
+    recipe = config.optimizer
+    averages = Averages(unet, decay=recipe.ema_decay, warmup=recipe.ema_warmup, power=recipe.ema_power)
+    optimizer = make_optimizer(unet, lr=recipe.lr, eps=recipe.adam_eps, device=worker.device)
+    state = RunState(unet=unet, averages=averages, optimizer=optimizer, scaler=arithmetic.scaler)
     start = 0
     if resume_from:
         _check_same_run(task, resume_from)
-        start = load_checkpoint(resume_from, unet=unet, ema=ema, optimizer=optimizer)
-    meter = Meter(task, worker, start)
+        start = load_checkpoint(resume_from, state)
+    parameters = list(unet.parameters())
+    saver = Saver(task, worker, state)
+    meter = Meter(task, worker, start, may_overflow=arithmetic.may_overflow)
 
     with _open_loader(task, worker, start) as loader, closing(_open_audit(config, worker)) as audit:
-        for batch, t, eps in loader:
+        for batch, t, eps, labels in loader:
             step = batch.step
             audit.note(batch, t, eps)
-            t, eps = t.to(worker.device, non_blocking=True), _place(eps, worker)
-            x_t = q_sample(schedule, _place(batch.x_0, worker), t, eps)
             if config.model.dropout > 0:
                 torch.manual_seed(draws.torch_seed(config.seed, draws.Purpose.DROPOUT, step, worker.rank))
-            loss = simple_loss(eps, model(x_t, t)).mean()
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            grad_norm = nn.utils.clip_grad_norm_(unet.parameters(), config.optimizer.grad_clip or math.inf)
-            lr = learning_rate(config.optimizer, step, config.steps)
+            loss = _backward(model, schedule, config, _placed(batch.x_0, t, eps, labels, worker), arithmetic, worker)
+            lr = learning_rate(recipe, step, config.steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            optimizer.step()
-            ema.update(unet, step)
-            meter.add(step, loss.detach(), grad_norm.detach(), len(batch.bad))
+            grad_norm = arithmetic.step(optimizer, parameters, recipe.grad_clip or math.inf)
+            averages.update(unet, step)
+            meter.add(step, loss, grad_norm, len(batch.bad))
 
             done = step + 1
             checkpoint_due = is_due(done, config.checkpoint_every, config.steps)
@@ -105,9 +88,41 @@ def train(task: TrainingTask, worker: Worker, resume_from: Path | None = None) -
                 if worker.rank == 0:
                     worker.log(record)
             if checkpoint_due:
-                _checkpoint(task, worker, unet, ema, optimizer, done)
-                meter.restart()
+                saver.save(done)
     return max(start, config.steps)
+
+
+def _backward(
+    model: nn.Module,
+    schedule: NoiseSchedule,
+    config: TrainConfig,
+    images: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    arithmetic: Arithmetic,
+    worker: Worker,
+) -> Tensor:
+    """Computes the gradient of the mean loss over the global batch, in as many parts as ``micro_batch_size`` asks for.
+
+    Workers may have different numbers of images: each divides the sum of its losses by the size of the whole batch, and
+    the factor of ``num_workers`` undoes the average that data parallelism takes.
+
+    Returns:
+        This worker's share of the mean loss, a scalar on the device; the shares add up to it.
+    """
+    x_0, t, eps, labels = images
+    count = math.ceil(len(x_0) / (config.compute.micro_batch_size or len(x_0)))
+    total = torch.zeros((), device=worker.device)
+    for number, part in enumerate(torch.arange(len(x_0)).tensor_split(count)):
+        place = slice(int(part[0]), int(part[-1]) + 1)
+        # Gradients are exchanged once, with the last part.
+        is_last = number == count - 1 or worker.num_workers == 1
+        with contextlib.nullcontext() if is_last else model.no_sync():  # type: ignore[operator]
+            some_labels = None if labels is None else labels[place]
+            with arithmetic.autocast():
+                losses = image_losses(model, schedule, config, x_0[place], t[place], eps[place], some_labels)
+            share = losses.sum() / config.data.batch_size
+            arithmetic.backward(share * worker.num_workers)
+        total += share.detach()
+    return total
 
 
 def _check_same_run(task: TrainingTask, checkpoint: Path) -> None:
@@ -148,88 +163,15 @@ def noise_of(config: TrainConfig, batch: Batch) -> tuple[Tensor, Tensor]:
     return torch.cat(t), torch.cat(eps)
 
 
-class Meter:
-    """Sums of one logging window, kept on the device: reading them, and so waiting for it, happens when logging."""
-
-    def __init__(self, task: TrainingTask, worker: Worker, start: int) -> None:
-        self._worker = worker
-        self._data, self._order = task.config.data, task.order
-        self._from_step = start
-        self._bad: dict[int, int] = {}  # damaged images by epoch, of the epochs that the window touches
-        self._bad_before = 0  # those of its first epoch that were counted in an earlier window
-        self._started = time.perf_counter()
-        self._waited = 0.0
-        self._loss_sum = torch.zeros((), device=worker.device)
-        self._grad_norm = torch.zeros((), device=worker.device)
-        self._never = torch.tensor(2**62, device=worker.device)
-        self._first_bad = self._never.clone()
-
-    def add(self, step: int, loss: Tensor, grad_norm: Tensor, num_bad: int) -> None:
-        """Adds one step without waiting for the device."""
-        epoch = step // self._order.batches_per_epoch
-        self._bad[epoch] = self._bad.get(epoch, 0) + num_bad
-        self._loss_sum += loss
-        self._grad_norm = grad_norm
-        bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-        self._first_bad = torch.where(bad, self._first_bad.clamp(max=step), self._first_bad)
-
-    def summary(self, done: int, lr: float, wait_seconds: float) -> Record:
-        """The window's metrics, the loss averaged over all workers; starts the next window. Every rank calls it.
-
-        Raises:
-            HopelessError: A loss or gradient of the window was not finite, or too much of the data is damaged; nothing
-                of the window is logged or saved.
-        """
-        # The same epochs on all ranks, since all take the same steps.
-        bad = torch.tensor([self._bad_before, *self._bad.values()], device=self._worker.device)
-        if self._worker.num_workers > 1:
-            dist.all_reduce(self._loss_sum)
-            dist.all_reduce(self._first_bad, op=dist.ReduceOp.MIN)
-            dist.all_reduce(bad)
-        first_bad = int(self._first_bad)
-        if first_bad < int(self._never):
-            raise HopelessError(
-                f"the loss or its gradient is not finite at step {first_bad}; the last checkpoint before it is kept. "
-                f"Lower --lr or --grad-clip, or look at the images of that step"
-            )
-        bad_before, *bad_by_epoch = bad.tolist()
-        if (worst := max(bad_by_epoch, default=0)) > self._data.max_bad_fraction * self._order.images_per_epoch:
-            raise HopelessError(
-                str(TooMuchDamageError(worst, self._order.images_per_epoch, self._data.max_bad_fraction))
-            )
-        num_steps = done - self._from_step
-        seconds = time.perf_counter() - self._started
-        record = {
-            "step": done,
-            "train/loss": float(self._loss_sum) / num_steps / self._worker.num_workers,
-            "train/grad_norm": float(self._grad_norm),
-            "train/lr": lr,
-            "train/images_seen": done * self._data.batch_size,
-            "perf/images_per_second": num_steps * self._data.batch_size / seconds,
-            "perf/step_seconds": seconds / num_steps,
-            "perf/data_wait_ratio": min(1.0, (wait_seconds - self._waited) / seconds),
-            "data/bad_images": sum(bad_by_epoch) - bad_before,
-        }
-        self._from_step, self._waited = done, wait_seconds
-        self._loss_sum.zero_()
-        for finished in list(self._bad)[:-1]:
-            del self._bad[finished]
-        self._bad_before = sum(self._bad.values())
-        self.restart()
-        return record
-
-    def restart(self) -> None:
-        """Starts the window's clock now, so that writing a checkpoint is not counted as training."""
-        self._started = time.perf_counter()
-
-
-def _open_loader(task: TrainingTask, worker: Worker, start: int) -> "Loader[tuple[Batch, Tensor, Tensor]]":
-    def with_noise(batch: Batch) -> tuple[Batch, Tensor, Tensor]:
+def _open_loader(task: TrainingTask, worker: Worker, start: int) -> Loader[Prepared]:
+    def prepare(batch: Batch) -> Prepared:
         t, eps = noise_of(task.config, batch)
+        labels = hidden_labels(task.config, batch)
         if worker.device.type == "cuda":
             # Only a copy from pinned memory runs beside the device's work.
-            return replace(batch, x_0=batch.x_0.pin_memory()), t.pin_memory(), eps.pin_memory()
-        return batch, t, eps
+            pinned = None if labels is None else labels.pin_memory()
+            return replace(batch, x_0=batch.x_0.pin_memory()), t.pin_memory(), eps.pin_memory(), pinned
+        return batch, t, eps, labels
 
     return Loader(
         task.location,
@@ -240,7 +182,7 @@ def _open_loader(task: TrainingTask, worker: Worker, start: int) -> "Loader[tupl
         num_workers=worker.num_workers,
         start_step=start,
         end_step=task.config.steps,
-        finish=with_noise,
+        finish=prepare,
     )
 
 
@@ -248,11 +190,21 @@ def _open_audit(config: TrainConfig, worker: Worker) -> AuditLog:
     return AuditLog(config.audit_dir, worker.rank, worker.num_workers)
 
 
-def _place(images: Tensor, worker: Worker) -> Tensor:
-    return images.to(worker.device, non_blocking=True, memory_format=torch.channels_last)
+def _placed(
+    x_0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None, worker: Worker
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Images in channels_last, which the convolutions are fastest in, and numbers on the worker's device."""
+
+    def images(tensor: Tensor) -> Tensor:
+        return tensor.to(worker.device, non_blocking=True, memory_format=torch.channels_last)
+
+    def numbers(tensor: Tensor) -> Tensor:
+        return tensor.to(worker.device, non_blocking=True)
+
+    return images(x_0), numbers(t), images(eps), None if labels is None else numbers(labels)
 
 
-def _settle_buckets(model: nn.Module, task: TrainingTask, worker: Worker) -> None:
+def _settle_buckets(model: nn.Module, task: TrainingTask, worker: Worker, arithmetic: Arithmetic) -> None:
     """Lets DDP rebuild its gradient buckets before the first step that counts.
 
     DDP rebuilds them at the second forward pass, and with three or more workers the order of summation depends on an
@@ -263,20 +215,10 @@ def _settle_buckets(model: nn.Module, task: TrainingTask, worker: Worker) -> Non
         return
     config = task.config.model
     x = torch.zeros(1, config.image_channels, config.image_size, config.image_size, device=worker.device)
-    t = torch.zeros(1, dtype=torch.int64, device=worker.device)
+    number = torch.zeros(1, dtype=torch.int64, device=worker.device)
+    inputs = (x.contiguous(memory_format=torch.channels_last), number, *([number] if config.num_classes else []))
     for _ in range(2):
-        (model(x.contiguous(memory_format=torch.channels_last), t).sum() * 0).backward()
+        with arithmetic.autocast():
+            output = model(*inputs)
+        (output.sum() * 0).backward()
     model.zero_grad(set_to_none=True)
-
-
-def _checkpoint(
-    task: TrainingTask, worker: Worker, unet: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer, step: int
-) -> None:
-    if worker.rank != 0:
-        worker.commit(step, None)
-        return
-    with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as name:
-        save_checkpoint(
-            Path(name), unet=unet, ema=ema, optimizer=optimizer, step=step, config=task.config, data=task.data_record
-        )
-        worker.commit(step, Path(name))

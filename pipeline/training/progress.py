@@ -14,7 +14,7 @@ from typing import Protocol
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from pipeline.training.loop import Record
+from pipeline.training.worker import Record
 
 __all__ = ["Bar", "Lines", "Progress", "duration", "facts", "fit_into", "line", "open_progress"]
 

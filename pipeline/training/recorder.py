@@ -26,8 +26,8 @@ from pipeline.images import encode_png, image_grid
 from pipeline.model_folder import EMA_FILE, build_schedule, build_unet, load_tensors, read_meta
 from pipeline.tracking import TIMESTAMP, TrackedRun
 from pipeline.training.checkpoint import save_published
-from pipeline.training.loop import Record
 from pipeline.training.progress import Lines, Progress
+from pipeline.training.worker import Record
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle

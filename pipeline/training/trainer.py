@@ -18,7 +18,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, TrainingFailedError
+from ray.train import Checkpoint, CheckpointUploadMode, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 # ray.train exports these under the same names, but a type checker sees the first version's there.
@@ -35,10 +35,11 @@ from pipeline.provenance import code_record
 from pipeline.tracking import Checkpoint as PublishedCheckpoint
 from pipeline.tracking import DataSetInput, TrackedRun, Tracker
 from pipeline.training.checkpoint import checkpoint_name
-from pipeline.training.loop import HopelessError, Record, Worker, train
+from pipeline.training.loop import train
 from pipeline.training.progress import open_progress
 from pipeline.training.recorder import Committed, Recorder, TellCommits, open_mailbox
 from pipeline.training.task import TrainingTask, differences, plan
+from pipeline.training.worker import HopelessError, Record, Worker, Write
 
 __all__ = ["TrainResult", "fit", "new_name"]
 
@@ -163,10 +164,10 @@ def _worker(inputs: dict[str, Any]) -> int | str:
     def log(record: Record) -> None:
         mailbox.put.remote(record)
 
-    def commit(step: int, folder: Path | None) -> None:
-        checkpoint = Checkpoint.from_directory(str(folder)) if folder else None
-        ray.train.report({"step": step}, checkpoint=checkpoint, checkpoint_dir_name=checkpoint_name(step))
+    def commit(step: int, write: Write | None) -> None:
+        _report(step, write, storage.join(_runs_root(), str(task.config.name)), mailbox)
 
+    task = TrainingTask.from_json(inputs["task"])
     worker = Worker(
         rank=context.get_world_rank(),
         num_workers=context.get_world_size(),
@@ -175,7 +176,6 @@ def _worker(inputs: dict[str, Any]) -> int | str:
         log=log,
         commit=commit,
     )
-    task = TrainingTask.from_json(inputs["task"])
     checkpoint = ray.train.get_checkpoint()
     verdict = cast(Any, ray).get(mailbox.verdict.remote())
     if verdict is not None:
@@ -196,6 +196,36 @@ def _worker(inputs: dict[str, Any]) -> int | str:
         # again, they find the verdict.
         cast(Any, ray).get(mailbox.give_up.remote(str(error)))
         raise
+
+
+def _report(step: int, write: Write | None, run_folder: str, mailbox: Any) -> None:
+    """Reports a checkpoint that Ray Train's upload thread writes while training goes on.
+
+    Written through ``storage``, which waits while S3 is away; Ray Train itself gives up after three attempts. Ray
+    commits the checkpoint once the function has returned.
+    """
+    name = checkpoint_name(step)
+    context = ray.train.get_context().get_storage()
+    destination = Checkpoint(context.build_checkpoint_path_from_name(name), context.storage_filesystem)
+
+    def upload(checkpoint: Checkpoint, _name: str) -> Checkpoint:
+        assert write is not None
+        try:
+            write(storage.join(run_folder, name))
+        except WorldError as error:
+            # A full disk is full at the next try as well.
+            cast(Any, ray).get(mailbox.give_up.remote(f"the checkpoint of step {step} cannot be saved: {error}"))
+            raise
+        return checkpoint
+
+    ray.train.report(
+        {"step": step},
+        checkpoint=destination if write else None,
+        checkpoint_dir_name=name,
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        checkpoint_upload_fn=upload,
+        delete_local_checkpoint_after_upload=False,  # "local" is the destination itself
+    )
 
 
 def _step_reached(result: Result) -> int:

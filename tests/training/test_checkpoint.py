@@ -10,10 +10,10 @@ sys.path.append(str(Path(__file__).parent))
 
 from worlds import run_one, small_task
 
-from pipeline.diffusion.ema import Ema
+from pipeline.diffusion.averages import Averages
 from pipeline.errors import WorldError
 from pipeline.model_folder import build_unet, read_meta
-from pipeline.training.checkpoint import load_checkpoint, save_published
+from pipeline.training.checkpoint import RunState, load_checkpoint, save_published
 from pipeline.training.task import TrainingTask
 
 
@@ -27,7 +27,8 @@ def checkpoint(tmp_path: Path) -> tuple[TrainingTask, Path]:
 def load(task: TrainingTask, folder: Path) -> int:
     unet = build_unet(task.config.model)
     optimizer = torch.optim.Adam(unet.parameters())
-    return load_checkpoint(folder, unet=unet, ema=Ema(unet, decay=0.9, warmup=True), optimizer=optimizer)
+    averages, scaler = Averages(unet, decay=0.9, warmup=True), torch.amp.GradScaler("cpu", enabled=False)
+    return load_checkpoint(folder, RunState(unet=unet, averages=averages, optimizer=optimizer, scaler=scaler))
 
 
 def test_a_checkpoint_holds_the_whole_state_and_its_description(checkpoint: tuple[TrainingTask, Path]) -> None:

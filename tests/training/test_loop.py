@@ -13,8 +13,10 @@ from worlds import run_one, run_world, small_task, with_knobs
 from pipeline.config import OptimizerConfig
 from pipeline.data.loader import Loader
 from pipeline.errors import WorldError
-from pipeline.training.loop import HopelessError, Meter, Worker, is_due, learning_rate, noise_of
+from pipeline.training.loop import is_due, learning_rate, noise_of
+from pipeline.training.meter import Meter
 from pipeline.training.task import TrainingTask
+from pipeline.training.worker import HopelessError, Worker
 
 STATE_FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt")
 
@@ -131,6 +133,7 @@ def test_records_carry_the_promised_keys_and_the_right_number_of_images(tmp_path
         "perf/images_per_second",
         "perf/step_seconds",
         "perf/data_wait_ratio",
+        "perf/memory_bytes",
         "data/bad_images",
     }
 

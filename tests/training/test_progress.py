@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.training import progress as progress_module
-from pipeline.training.loop import Record
 from pipeline.training.progress import Lines, duration, facts, fit_into, line, open_progress
+from pipeline.training.worker import Record
 
 ROOT = Path(__file__).resolve().parents[2]
 

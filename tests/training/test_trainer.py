@@ -12,9 +12,9 @@ from pipeline import cluster
 from pipeline.config import to_flat
 from pipeline.errors import UserError, WorldError
 from pipeline.tracking import Tracker
-from pipeline.training.loop import HopelessError
 from pipeline.training.task import differences
 from pipeline.training.trainer import _open_run, new_name
+from pipeline.training.worker import HopelessError
 
 
 def test_a_run_is_not_continued_on_another_data_set(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import socket
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from shutil import copytree
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from pipeline.config import PrepareConfig, TrainConfig, override
 from pipeline.data.prepare import prepare
 from pipeline.data.sources import open_source
 from pipeline.training.checkpoint import checkpoint_name
-from pipeline.training.loop import Record, Worker, train
+from pipeline.training.loop import train
 from pipeline.training.task import TrainingTask, plan
+from pipeline.training.worker import Record, Worker, Write
 
 
 def small_task(folder: Path, **knobs: Any) -> TrainingTask:
@@ -62,9 +62,9 @@ def _process(rank: int, num_workers: int, port: int, task: str, out: str, resume
 
 
 def _worker(rank: int, num_workers: int, out: Path, _model: Any, records: list[Record]) -> Worker:
-    def commit(step: int, folder: Path | None) -> None:
-        if folder is not None:
-            copytree(folder, out / checkpoint_name(step))
+    def commit(step: int, write: Write | None) -> None:
+        if write is not None:
+            write(str(out / checkpoint_name(step)))
         if num_workers > 1:
             dist.barrier()
 
