@@ -1,30 +1,44 @@
 """Images from a network and a seed: one chunk at a time, the same bytes whoever makes them.
 
-A chunk's noise is a function of ``(sample_seed, chunk)``. The chunk is the unit, not the image, since the last bits of
-a network's output depend on the batch size (and on the number of threads, which the caller fixes).
+A chunk's noise and classes are functions of ``(sample_seed, chunk)``. The chunk is the unit, not the image, since the
+last bits of a network's output depend on the batch size (and on the number of threads, which the caller fixes).
 """
 
 import torch
 from torch import Tensor, nn
 
 from pipeline import draws
-from pipeline.config import SamplingConfig
+from pipeline.config import SamplingConfig, TrainConfig
+from pipeline.diffusion.denoisers import Network, eps_denoiser, guided
 from pipeline.diffusion.noise_schedule import NoiseSchedule
 from pipeline.diffusion.samplers import ancestral, ddim, sampling_timesteps
 from pipeline.errors import UserError, WorldError
 from pipeline.images import to_uint8
 
-__all__ = ["check_sampling", "generate_chunk"]
+__all__ = ["check_sampling", "generate_chunk", "labels_of_chunk"]
 
 
-def check_sampling(config: SamplingConfig, T: int) -> None:
-    """Refuses more sampling steps than the schedule has.
+def check_sampling(config: SamplingConfig, trained: TrainConfig) -> None:
+    """Refuses to sample in a way that the network was not trained for.
+
+    Args:
+        config: How to sample.
+        trained: The config of the network's training.
 
     Raises:
-        UserError: ``sampling_steps`` is above T.
+        UserError: ``sampling_steps`` is above T; ``guidance`` without classes, or without training on hidden labels.
     """
+    T = trained.diffusion.T
     if config.sampling_steps > T:
         raise UserError(f"--sampling-steps {config.sampling_steps}: the model has T={T}; give at most {T}")
+    if config.guidance == 1:
+        return
+    if trained.model.num_classes == 0:
+        raise UserError(f"--guidance {config.guidance:g}: the model has no classes (--num-classes 0); give 1")
+    if trained.loss.label_dropout == 0:
+        raise UserError(
+            f"--guidance {config.guidance:g}: the model was never trained without labels (--label-dropout 0); give 1"
+        )
 
 
 @torch.inference_mode()
@@ -33,15 +47,17 @@ def generate_chunk(
     schedule: NoiseSchedule,
     config: SamplingConfig,
     *,
+    trained: TrainConfig,
     shape: tuple[int, int, int, int],
     chunk: int,
 ) -> Tensor:
-    """Generates one chunk of images.
+    """Generates one chunk of images, of a class-conditional network those of classes drawn uniformly.
 
     Args:
-        unet: Predicts eps from (x_t, t), in evaluation mode.
+        unet: The network, in evaluation mode.
         schedule: The schedule the network was trained with, on the network's device.
         config: Sampler and seed.
+        trained: The config of the network's training: what it predicts, and which classes it knows.
         shape: [B, C, H, W] of the chunk.
         chunk: Index of the chunk, at least 0.
 
@@ -49,9 +65,10 @@ def generate_chunk(
         Images, uint8 [B, C, H, W], on the CPU.
 
     Raises:
+        UserError: As ``check_sampling``.
         WorldError: The network returned values that are not finite.
     """
-    check_sampling(config, schedule.T)
+    check_sampling(config, trained)
     device = schedule.betas.device
 
     def normal(purpose: draws.Purpose, *indices: int) -> Tensor:
@@ -63,10 +80,26 @@ def generate_chunk(
 
     x_T = normal(draws.Purpose.SAMPLE)
     timesteps = sampling_timesteps(schedule.T, config.sampling_steps)
+    network = _told_classes(unet, config, trained.model.num_classes, size=shape[0], chunk=chunk, device=device)
+    denoise = eps_denoiser(network, schedule, trained.model.prediction)
     if config.sampler == "ddpm":
-        x_0 = ancestral(unet, schedule, x_T, timesteps=timesteps, noise_at=noise_at, variance=config.variance)
+        x_0 = ancestral(denoise, schedule, x_T, timesteps=timesteps, noise_at=noise_at, variance=config.variance)
     else:
-        x_0 = ddim(unet, schedule, x_T, timesteps=timesteps, noise_at=noise_at, eta=config.eta)
+        x_0 = ddim(denoise, schedule, x_T, timesteps=timesteps, noise_at=noise_at, eta=config.eta)
     if not bool(torch.isfinite(x_0).all()):
         raise WorldError(f"the network returned values that are not finite (chunk {chunk}); the weights are broken")
     return to_uint8(x_0).cpu()
+
+
+def labels_of_chunk(config: SamplingConfig, num_classes: int, *, size: int, chunk: int) -> Tensor:
+    """The classes of a chunk's images, int64 [size], uniform in [0, num_classes); on the CPU."""
+    return draws.integers(size, num_classes, config.sample_seed, draws.Purpose.SAMPLE_LABEL, chunk)
+
+
+def _told_classes(
+    unet: nn.Module, config: SamplingConfig, num_classes: int, *, size: int, chunk: int, device: torch.device
+) -> Network:
+    if num_classes == 0:
+        return unet
+    labels = labels_of_chunk(config, num_classes, size=size, chunk=chunk).to(device)
+    return guided(unet, labels, num_classes=num_classes, guidance=config.guidance)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,26 @@ def test_a_knob_that_the_meta_lacks_takes_its_default(folder):
     del config["ema_warmup"]
     edit_meta(folder, config=config)
     assert read_meta(folder).config == CONFIG
+
+
+def test_a_checkpoint_from_before_predictions_and_classes_is_an_unconditional_model_of_eps(folder):
+    config = json.loads((folder / META_FILE).read_text())["config"]
+    newer = ("prediction", "num_classes", "loss_weighting", "min_snr_gamma", "label_dropout", "guidance")
+    edit_meta(folder, config={name: value for name, value in config.items() if name not in newer})
+    meta = read_meta(folder)
+    assert (meta.config.model.prediction, meta.config.model.num_classes) == ("eps", 0)
+    build_unet(meta.config.model, seed=1).load_state_dict(load_tensors(folder, EMA_FILE, meta), strict=True)
+
+
+def test_a_class_conditional_model_of_v_comes_back_from_its_folder(tmp_path):
+    told = replace(CONFIG, model=replace(TINY, prediction="v", num_classes=3))
+    write_tensors(tmp_path, EMA_FILE, build_unet(told.model, seed=4).state_dict())
+    write_meta(tmp_path, step=1, config=told, data=DATA, code=CODE)
+    meta = read_meta(tmp_path)
+    assert meta.config == told
+    unet = build_unet(meta.config.model)
+    unet.load_state_dict(load_tensors(tmp_path, EMA_FILE, meta), strict=True)
+    assert torch.equal(unet.time_embedding.classes.weight, build_unet(told.model, seed=4).time_embedding.classes.weight)
 
 
 def test_initial_weights_are_a_function_of_the_seed_alone():

@@ -183,9 +183,10 @@ class UNet(nn.Module):
                     _variance_scaling_(weight, scale, generator)
                 assert module.bias is not None
                 module.bias.zero_()
-        # Drawn last, so that the other weights of a seed are those of the unconditional network.
-        if (classes := self.time_embedding.classes) is not None:
-            classes.weight.copy_(torch.empty(classes.weight.shape, device="cpu").normal_(generator=generator))
+        # A table of class vectors is a dense layer over one-hot classes. Drawn last: all other weights of a seed are
+        # those of the unconditional network.
+        if self.time_embedding.classes is not None:
+            _variance_scaling_(self.time_embedding.classes.weight, 1.0, generator)
 
 
 def num_parameters(model: nn.Module) -> int:

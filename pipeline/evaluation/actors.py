@@ -75,9 +75,9 @@ class ChunkActor:
         """
         if self._loaded is None or self._loaded[0] != model_id:
             self._loaded = (model_id, *self._load(ray.get(model[0])))
-        _, unet, schedule, config = self._loaded
-        shape = (size, config.image_channels, config.image_size, config.image_size)
-        images = generate_chunk(unet, schedule, sampling, shape=shape, chunk=chunk)
+        _, unet, schedule, trained = self._loaded
+        shape = (size, trained.model.image_channels, trained.model.image_size, trained.model.image_size)
+        images = generate_chunk(unet, schedule, sampling, trained=trained, shape=shape, chunk=chunk)
         return self._features(images), images
 
     def features_of_shard(self, location: str, manifest: "list[ObjectRef[Manifest]]", shard: int) -> Tensor:
@@ -102,7 +102,7 @@ class ChunkActor:
                 f"the weights do not fit the network of {META_FILE}: {str(error).splitlines()[0]}"
             ) from error
         unet.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return unet, build_schedule(meta.config.diffusion).to(self._device), meta.config.model
+        return unet, build_schedule(meta.config.diffusion).to(self._device), meta.config
 
 
 class Workers:

@@ -33,6 +33,8 @@ class Protocol:
     """With the options that this sampler has."""
     sampling_steps: int
     sample_seed: int
+    guidance: float = 1.0
+    """Left out of record and identity where it is 1, so that results from before it existed stay valid."""
 
     @classmethod
     def of(cls, config: EvaluateConfig, extractor: FeatureExtractor, reference_digest: str) -> "Protocol":
@@ -54,13 +56,17 @@ class Protocol:
             sampler=f"{sampling.sampler}({option})",
             sampling_steps=sampling.sampling_steps,
             sample_seed=sampling.sample_seed,
+            guidance=sampling.guidance,
         )
 
     @property
     def identity(self) -> str:
         """Hash of the protocol: same identity, same number; a checkpoint that has it is not measured again."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.to_record(), sort_keys=True).encode()).hexdigest()[:16]
 
-    def to_record(self) -> Mapping[str, str | int]:
+    def to_record(self) -> Mapping[str, str | int | float]:
         """The protocol as JSON values."""
-        return asdict(self)
+        record = asdict(self)
+        if self.guidance == 1:
+            del record["guidance"]
+        return record

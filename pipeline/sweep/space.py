@@ -45,8 +45,9 @@ def search_space(config: TuneConfig) -> tuple[list[Trial], list[Refused]]:
     for schedule, T, text in itertools.product(config.schedules, config.Ts, config.beta_ranges):
         trial = _trial(schedule, T, config.parse_beta_range(text))
         try:
-            build_schedule(override(config.base.diffusion, trial.knobs))
-            check_sampling(config.base.sampling, T)
+            trained = override(config.base, trial.knobs)
+            build_schedule(trained.diffusion)
+            check_sampling(trained.sampling, trained)
         except UserError as error:
             refused[trial.key] = Refused(key=trial.key, reason=str(error))
         else:

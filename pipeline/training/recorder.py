@@ -260,6 +260,7 @@ class Recorder:
             unet,
             build_schedule(meta.config.diffusion),
             meta.config.sampling,
+            trained=meta.config,
             shape=(self._config.grid_images, model.image_channels, model.image_size, model.image_size),
             chunk=0,
         )

@@ -116,7 +116,8 @@ def plan(config: TrainConfig) -> TrainingTask:
     """Checks a config against its data set, schedule and network.
 
     Raises:
-        UserError: The data set is missing, half-written or of another shape; the schedule or network is refused.
+        UserError: The data set is missing, half-written, of another shape or has other classes; the schedule or network
+            is refused.
     """
     check_model(config)
     location = storage.resolve(config.data.data, "data")
@@ -129,9 +130,19 @@ def plan(config: TrainConfig) -> TrainingTask:
             f"give --image-size {manifest.image_size} --image-channels {manifest.image_channels} (and a network that "
             "suits them), or prepare the data set anew"
         )
+    _check_classes(task)
     assert task.order.batches_per_epoch > 0
     task.read_plan()
     return task
+
+
+def _check_classes(task: TrainingTask) -> None:
+    """A class that is never seen in training would be sampled all the same; one beyond the table has no vector."""
+    told, found = task.config.model.num_classes, len(task.manifest.class_names)
+    if told and not found:
+        raise UserError(f"--num-classes {told}: {task.location} has no labels; give 0, or prepare it with labels")
+    if told and told != found:
+        raise UserError(f"--num-classes {told}: {task.location} has {found} classes; give {found}, or 0 to ignore them")
 
 
 def differences(config: TrainConfig, params: Mapping[str, str]) -> list[str]:
@@ -147,7 +158,7 @@ def differences(config: TrainConfig, params: Mapping[str, str]) -> list[str]:
 def check_model(config: TrainConfig) -> int:
     """Checks schedule and network, and returns the number of parameters."""
     build_schedule(config.diffusion)
-    check_sampling(config.sampling, config.diffusion.T)
+    check_sampling(config.sampling, config)
     with torch.device("meta"):
         return num_parameters(build_unet(config.model))
 

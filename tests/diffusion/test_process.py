@@ -6,6 +6,9 @@ from torch import Tensor
 
 from pipeline.diffusion.noise_schedule import SCHEDULES, NoiseSchedule, make_schedule
 from pipeline.diffusion.process import (
+    PREDICTIONS,
+    as_eps,
+    eps_from_velocity,
     per_image,
     predict_eps,
     predict_x_0,
@@ -13,6 +16,8 @@ from pipeline.diffusion.process import (
     q_sample,
     q_step,
     simple_loss,
+    target,
+    velocity,
 )
 
 T = 100
@@ -90,6 +95,39 @@ def test_predicting_x_0_and_eps_undoes_the_jump(schedule: NoiseSchedule) -> None
     torch.testing.assert_close(predict_eps(schedule, x_t, t, x_0), eps, rtol=0, atol=1e-10)
 
 
+def test_every_prediction_that_is_right_implies_the_noise_that_was_added(schedule: NoiseSchedule) -> None:
+    x_0, eps, t = images(T, 2), images(T, 3), torch.arange(T)
+    x_t = q_sample(schedule, x_0, t, eps)
+    for prediction in PREDICTIONS:
+        implied = as_eps(prediction, schedule, x_t, t, target(prediction, schedule, x_0, t, eps))
+        torch.testing.assert_close(implied, eps, rtol=0, atol=1e-10)
+
+
+def test_the_velocity_is_x_t_turned_by_a_right_angle(schedule: NoiseSchedule) -> None:
+    """(x_t, v) is a rotation of (x_0, eps): lengths stay, and v is the derivative of x_t by the angle."""
+    x_0, eps, t = images(T, 2), images(T, 3), torch.arange(T)
+    x_t, v = q_sample(schedule, x_0, t, eps), velocity(schedule, x_0, t, eps)
+    torch.testing.assert_close(x_t.square() + v.square(), x_0.square() + eps.square(), rtol=1e-12, atol=0)
+    angle = per_image(torch.atan2((1 - schedule.alphas_cumprod).sqrt(), schedule.alphas_cumprod.sqrt()), x_0)
+    ahead, behind = (angle + h for h in (1e-5, -1e-5))
+    derivative = ((ahead.cos() - behind.cos()) * x_0 + (ahead.sin() - behind.sin()) * eps) / 2e-5
+    torch.testing.assert_close(v, derivative, rtol=0, atol=1e-8)
+
+
+def test_an_error_of_v_is_never_enlarged_on_its_way_to_eps(schedule: NoiseSchedule) -> None:
+    x_t, t = images(T, 2), torch.arange(T)
+    moved = eps_from_velocity(schedule, x_t, t, torch.ones_like(x_t)) - eps_from_velocity(schedule, x_t, t, 0 * x_t)
+    torch.testing.assert_close(moved[:, 0, 0, 0], schedule.alphas_cumprod.sqrt(), rtol=1e-12, atol=1e-14)
+
+
+def test_an_unknown_prediction_is_a_programming_error(schedule: NoiseSchedule) -> None:
+    x, t = images(2, 0), torch.tensor([0, 1])
+    with pytest.raises(AssertionError, match="epsilon"):
+        target("epsilon", schedule, x, t, x)
+    with pytest.raises(AssertionError, match="epsilon"):
+        as_eps("epsilon", schedule, x, t, x)
+
+
 def test_each_image_of_a_batch_has_its_own_t(schedule: NoiseSchedule) -> None:
     x_0, eps, t = images(3, 4), images(3, 5), torch.tensor([0, 42, T - 1])
     together = q_sample(schedule, x_0, t, eps)
@@ -110,9 +148,22 @@ def test_coefficients_are_cast_after_the_square_root() -> None:
 def test_results_have_the_dtype_of_the_images(dtype: torch.dtype) -> None:
     schedule, t = make_schedule("cosine", T=T), torch.tensor([1, 50])
     x, eps = images(2, 6, torch.float32).to(dtype), images(2, 7, torch.float32).to(dtype)
-    results = [f(schedule, x, t, eps) for f in (q_step, q_sample, predict_x_0, predict_eps)]
+    results = [
+        f(schedule, x, t, eps) for f in (q_step, q_sample, predict_x_0, predict_eps, velocity, eps_from_velocity)
+    ]
     results += q_posterior(schedule, x, eps, t)
     assert {result.dtype for result in results} == {dtype}
+
+
+def test_the_velocity_at_the_first_step_keeps_its_digits_in_half_precision_and_under_autocast() -> None:
+    """v = -sqrt(1 - alpha_bar) x_0 = -0.01 for a white image without noise; 1 - alpha_bar is no bfloat16 number."""
+    schedule, t = make_schedule("linear", T=1000), torch.tensor([0])
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        ones = torch.ones(1, 1, 1, 1, dtype=dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            v = velocity(schedule, ones, t, torch.zeros_like(ones))
+        assert v.dtype == dtype
+        assert float(v) == pytest.approx(-0.01, rel=4e-3)
 
 
 def test_the_simple_loss_is_the_mean_square_of_each_image() -> None:

@@ -110,6 +110,60 @@ def test_weights_are_a_function_of_the_seed_and_leave_the_global_generator_alone
     assert not torch.equal(a.conv_in.weight, other.conv_in.weight)
 
 
+def test_classes_add_one_table_and_leave_all_other_weights_of_a_seed_as_they_were() -> None:
+    plain, told = small(seed=3).state_dict(), small(seed=3, num_classes=5).state_dict()
+    assert [name for name in told if name not in plain] == ["time_embedding.classes.weight"]
+    assert all(torch.equal(told[name], tensor) for name, tensor in plain.items())
+    table = told["time_embedding.classes.weight"]
+    assert table.shape == (6, 128)
+    assert float(table.abs().max()) <= math.sqrt(6 / (6 + 128)) < float(table.abs().max()) * 1.02
+    assert torch.equal(table, small(seed=3, num_classes=5).time_embedding.classes.weight)
+
+
+def test_each_class_has_its_own_prediction_and_no_labels_mean_the_last_row() -> None:
+    model = small(num_classes=5).eval()
+    shake(model)
+    x, t = batch()
+    predicted = [model(x, t, torch.full((2,), label)) for label in range(6)]
+    for label, other in enumerate(predicted[:5]):
+        assert not any(torch.allclose(other, later, atol=1e-3) for later in predicted[label + 1 :])
+    assert torch.equal(model(x, t), predicted[5])
+    torch.testing.assert_close(model(x, t, torch.tensor([0, 3]))[1], predicted[3][1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_class_is_added_to_the_time_embedding_before_its_last_swish() -> None:
+    embedding = TimeEmbedding(8, num_classes=2)
+    nn.init.normal_(embedding.classes.weight, generator=seeded(3))
+    before: list[Tensor] = []
+    embedding.dense2.register_forward_hook(lambda module, inputs, output: before.append(output))
+    got = embedding(torch.tensor([7]), torch.float32, torch.tensor([1]))
+    torch.testing.assert_close(got, nn.functional.silu(before[0] + embedding.classes.weight[1]))
+
+
+def test_labels_are_a_programming_error_where_there_are_no_classes() -> None:
+    x, t = batch()
+    with pytest.raises(AssertionError, match="without classes"):
+        small()(x, t, torch.zeros_like(t))
+
+
+def test_a_class_conditional_network_is_one_graph_to_torch_compile_with_and_without_labels() -> None:
+    model = small(num_classes=5).eval()
+    shake(model)
+    x, t = batch()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, t), model(x, t))
+    assert torch.equal(compiled(x, t, torch.tensor([0, 3])), model(x, t, torch.tensor([0, 3])))
+
+
+def test_gradients_reach_every_parameter_of_a_class_conditional_network_also_without_labels() -> None:
+    model = small(num_classes=5)
+    shake(model)
+    x, t = batch()
+    (model(x, t) - x).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert model.time_embedding.classes.weight.grad.abs().sum(dim=1).bool().tolist() == [False] * 5 + [True]
+
+
 def test_resetting_draws_the_weights_that_building_drew() -> None:
     model, rebuilt = small(seed=5), small(seed=6)
     shake(rebuilt)

@@ -36,6 +36,12 @@ def test_a_T_below_the_protocols_sampling_steps_is_refused_since_all_trials_use_
     assert "--sampling-steps 50" in refused[0].reason
 
 
+def test_guidance_of_a_base_without_classes_refuses_every_trial() -> None:
+    base = replace(TrainConfig(), sampling=replace(SamplingConfig(), guidance=2.0))
+    with pytest.raises(UserError, match=r"no trial left: .*--guidance 2: the model has no classes"):
+        search_space(replace(TuneConfig(), base=base))
+
+
 def test_a_space_without_a_sound_combination_is_an_error() -> None:
     with pytest.raises(UserError, match="no trial left"):
         search_space(TuneConfig(schedules=("linear",), Ts=(10,)))

@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,24 @@ def test_a_dry_run_counts_epochs_and_activations(tmp_path: Path) -> None:
     assert doubled.activation_bytes == pytest.approx(2 * facts.activation_bytes, rel=0.05)
 
 
+def test_a_data_set_without_labels_is_refused_for_a_model_with_classes_and_taken_for_one_without(
+    tmp_path: Path,
+) -> None:
+    task = small_task(tmp_path)
+    path = Path(task.location) / "manifest.json"
+    path.write_text(replace(task.manifest, class_names=()).to_json())
+    with pytest.raises(UserError, match=r"--num-classes 10: \S+ has no labels; give 0, or prepare it with labels"):
+        plan(override(task.config, {"num_classes": 10}))
+    assert plan(task.config).config.model.num_classes == 0
+
+
+def test_a_dry_run_counts_the_class_table_and_plans_a_guided_class_conditional_model(tmp_path: Path) -> None:
+    config = small_task(tmp_path).config
+    plain, told = dry_run(config), dry_run(override(config, {"num_classes": 10, "prediction": "v", "guidance": 3.0}))
+    assert told.parameters == plain.parameters + 11 * 4 * 8
+    assert told.activation_bytes >= plain.activation_bytes
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
@@ -47,6 +66,10 @@ def test_a_dry_run_counts_epochs_and_activations(tmp_path: Path) -> None:
         ({"beta_start": 0.03}, r"beta"),
         ({"sampling_steps": 2000}, r"--sampling-steps 2000: the model has T=1000"),
         ({"data": "nowhere"}, r"nowhere"),
+        ({"num_classes": 9}, r"--num-classes 9: \S+ has 10 classes; give 10, or 0"),
+        ({"num_classes": 11}, r"--num-classes 11: \S+ has 10 classes; give 10, or 0"),
+        ({"guidance": 2.0}, r"--guidance 2: the model has no classes"),
+        ({"num_classes": 10, "label_dropout": 0.0, "guidance": 2.0}, r"--guidance 2: .* never trained without labels"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_before_anything_starts(

@@ -1,0 +1,34 @@
+"""What a distance depends on, and that old results keep their identity."""
+
+from dataclasses import replace
+
+from pipeline.evaluation.protocol import Protocol
+
+PROTOCOL = Protocol(
+    metric="fid",
+    features="inception",
+    features_sha256="ab" * 32,
+    resize="bilinear",
+    rounding="half up",
+    reference_digest="cd" * 32,
+    num_images=2000,
+    chunk_size=100,
+    threads=1,
+    device="cpu",
+    weights="ema",
+    sampler="ddim(eta=0)",
+    sampling_steps=50,
+    sample_seed=0,
+)
+
+
+def test_a_protocol_without_guidance_has_the_identity_that_it_had_before_guidance_existed() -> None:
+    assert PROTOCOL.identity == "ffa985a54e964ff9"
+    assert "guidance" not in PROTOCOL.to_record()
+
+
+def test_guidance_is_part_of_record_and_identity_where_there_is_any() -> None:
+    guided = replace(PROTOCOL, guidance=2.0)
+    assert guided.to_record() == {**PROTOCOL.to_record(), "guidance": 2.0}
+    identities = {replace(PROTOCOL, guidance=guidance).identity for guidance in (0.0, 1.0, 2.0, 2.5)}
+    assert len(identities) == 4
