@@ -16,7 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline.training.worker import Record
 
-__all__ = ["Bar", "Lines", "Progress", "duration", "facts", "fit_into", "line", "open_progress"]
+__all__ = ["Bar", "Lines", "Progress", "Several", "duration", "facts", "fit_into", "line", "open_progress"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +104,28 @@ def duration(seconds: float) -> str:
 
 def _size(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+
+
+class Several:
+    """Several displays as one."""
+
+    def __init__(self, *displays: Progress) -> None:
+        self._displays = displays
+
+    def show(self, record: Record) -> None:
+        """Shows the record on each of them."""
+        for display in self._displays:
+            display.show(record)
+
+    def show_distance(self, value: float) -> None:
+        """Shows the distance on each of them."""
+        for display in self._displays:
+            display.show_distance(value)
+
+    def close(self) -> None:
+        """Ends each of them."""
+        for display in self._displays:
+            display.close()
 
 
 class _Pace:

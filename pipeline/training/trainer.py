@@ -35,8 +35,9 @@ from pipeline.provenance import code_record
 from pipeline.tracking import Checkpoint as PublishedCheckpoint
 from pipeline.tracking import DataSetInput, TrackedRun, Tracker
 from pipeline.training.checkpoint import checkpoint_name
+from pipeline.training.gauges import Gauges
 from pipeline.training.loop import train
-from pipeline.training.progress import open_progress
+from pipeline.training.progress import Several, open_progress
 from pipeline.training.recorder import Committed, Recorder, TellCommits, open_mailbox
 from pipeline.training.task import TrainingTask, differences, plan
 from pipeline.training.worker import HopelessError, Record, Worker, Write
@@ -102,7 +103,7 @@ def fit(
     run = _open_run(task, tracker, parent_run_id, tags or {})
     for label, text in zip(("MLflow", ""), tracker.ui_command(run.run_id, run.experiment_id), strict=False):
         logger.info("%-8s  %s", label, text)
-    with _truthful_status(run), closing(open_progress(config.steps, live=live)) as progress:
+    with _truthful_status(run), closing(Several(open_progress(config.steps, live=live), Gauges(run.name))) as progress:
         mailbox = open_mailbox()
         recorder = Recorder(
             run,
