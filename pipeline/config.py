@@ -413,6 +413,8 @@ class EvaluateConfig:
     """Only the last checkpoint of each run."""
     max_checkpoints: int | None = None
     """Stop after this many checkpoints; the rest stay pending."""
+    ema_width: float | None = None
+    """Instead of the EMA: an average of this relative width, made from the run's --ema-power averages, e.g. 0.08."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -431,6 +433,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if (self.run is None) == (not self.pending):
             raise UserError("give either --run NAME or --pending")
+        if self.ema_width is not None:
+            _check(0 < self.ema_width < 0.28, "--ema-width", self.ema_width, "above 0 and below 0.28")
 
 
 @dataclass(frozen=True, kw_only=True)

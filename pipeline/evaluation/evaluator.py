@@ -2,11 +2,9 @@
 
 import logging
 import math
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -18,6 +16,7 @@ from pipeline.evaluation.features import FeatureExtractor, load_extractor
 from pipeline.evaluation.protocol import Protocol
 from pipeline.evaluation.reference import reference_statistics
 from pipeline.evaluation.statistics import FeatureStatistics, frechet_distance
+from pipeline.evaluation.weights import Candidate, candidates, fetch
 from pipeline.provenance import code_record
 from pipeline.tracking import Checkpoint, Tracker
 
@@ -33,6 +32,7 @@ class Evaluation:
     run: str
     step: int
     model_id: str
+    weights: str
     metric: str
     value: float
     num_images: int
@@ -63,7 +63,7 @@ class Outcome:
         return "\n".join(lines) or "nothing to do: every selected checkpoint has this result"
 
 
-def evaluate(config: EvaluateConfig, tracker: Tracker, todo: Sequence[Checkpoint]) -> Outcome:
+def evaluate(config: EvaluateConfig, tracker: Tracker, todo: Sequence[Candidate]) -> Outcome:
     """Evaluates checkpoints on the Ray cluster that this process has joined.
 
     One checkpoint that cannot be evaluated does not keep the others from it.
@@ -83,11 +83,12 @@ def evaluate(config: EvaluateConfig, tracker: Tracker, todo: Sequence[Checkpoint
     evaluated: list[Evaluation] = []
     failed: list[Failure] = []
     with open_workers(config.cluster, config.protocol, most=num_chunks) as workers:
-        for checkpoint in todo:
+        for candidate in todo:
+            checkpoint = candidate.checkpoint
             if len(evaluated) == config.max_checkpoints:
                 break  # counted by successes: checkpoints that cannot be evaluated must not keep others waiting
             try:
-                evaluated.append(_evaluate_one(config, tracker, checkpoint, extractor, workers))
+                evaluated.append(_evaluate_one(config, tracker, candidate, extractor, workers))
             except (UserError, WorldError) as error:
                 failed.append(Failure(run=checkpoint.run_name, step=checkpoint.step, reason=str(error)))
                 logger.warning("%s step %d cannot be evaluated: %s", checkpoint.run_name, checkpoint.step, error)
@@ -108,38 +109,42 @@ def evaluate_last(config: EvaluateConfig, run: str, tracker: Tracker) -> Evaluat
     if outcome.evaluated:
         return outcome.evaluated[0]
     extractor = load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
-    checkpoint = _selected(config, tracker)[0]
-    protocol = _protocol(config, checkpoint, extractor)
-    stored = checkpoint.result(protocol.identity)
-    return _evaluation(config, checkpoint, protocol, stored["metrics"][protocol.metric], seconds=0.0)
+    candidate = _selected(config, tracker)[0]
+    protocol = _protocol(config, candidate, extractor)
+    stored = candidate.checkpoint.result(protocol.identity)
+    return _evaluation(config, candidate.checkpoint, protocol, stored["metrics"][protocol.metric], seconds=0.0)
 
 
-def select(config: EvaluateConfig, tracker: Tracker) -> list[Checkpoint]:
-    """Published checkpoints that ``config`` selects and that lack the result, newest first.
+def select(config: EvaluateConfig, tracker: Tracker) -> list[Candidate]:
+    """Weights of published checkpoints that ``config`` selects and that lack the result, newest first.
 
     Raises:
-        UserError: Unknown experiment or run, a run without checkpoints, refused weights of the feature network.
+        UserError: Unknown experiment or run, a run without checkpoints or with too few snapshots for ``ema_width``,
+            refused weights of the feature network.
     """
     extractor = load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
     found = _selected(config, tracker)
-    return [c for c in found if not c.has_result(_protocol(config, c, extractor).identity)]
+    return [c for c in found if not c.checkpoint.has_result(_protocol(config, c, extractor).identity)]
 
 
-def _selected(config: EvaluateConfig, tracker: Tracker) -> list[Checkpoint]:
+def _selected(config: EvaluateConfig, tracker: Tracker) -> list[Candidate]:
     if config.run is not None:
-        found = _checkpoints_of_run(config.run, tracker)
+        checkpoints = _checkpoints_of_run(config.run, tracker)
     else:
-        found = tracker.checkpoints(tracker.experiment(config.experiment, create=False))
+        checkpoints = tracker.checkpoints(tracker.experiment(config.experiment, create=False))
+    found = candidates(config, tracker, checkpoints)
     if config.step is not None:
-        steps = sorted({checkpoint.step for checkpoint in found})
-        found = [checkpoint for checkpoint in found if checkpoint.step == config.step]
+        steps = sorted({candidate.checkpoint.step for candidate in found})
+        found = [candidate for candidate in found if candidate.checkpoint.step == config.step]
         if not found:
-            raise UserError(f"no checkpoint of step {config.step}; there are {steps}")
+            enough = "" if config.ema_width is None else " that has enough snapshots up to it"
+            raise UserError(f"no checkpoint of step {config.step}{enough}; there are {steps}")
     if config.last:
-        last: dict[str, Checkpoint] = {}
-        for checkpoint in found:
-            last[checkpoint.run_id] = max(last.get(checkpoint.run_id, checkpoint), checkpoint, key=lambda c: c.step)
-        found = [checkpoint for checkpoint in found if checkpoint is last[checkpoint.run_id]]
+        last: dict[str, Candidate] = {}
+        for candidate in found:
+            run_id = candidate.checkpoint.run_id
+            last[run_id] = max(last.get(run_id, candidate), candidate, key=lambda c: c.checkpoint.step)
+        found = [candidate for candidate in found if candidate is last[candidate.checkpoint.run_id]]
     return found
 
 
@@ -154,33 +159,33 @@ def _checkpoints_of_run(name: str, tracker: Tracker) -> list[Checkpoint]:
     return found
 
 
-def _protocol(config: EvaluateConfig, checkpoint: Checkpoint, extractor: FeatureExtractor) -> Protocol:
-    return Protocol.of(config, extractor, checkpoint.tags["data.digest"])
+def _protocol(config: EvaluateConfig, candidate: Candidate, extractor: FeatureExtractor) -> Protocol:
+    digest = candidate.checkpoint.tags["data.digest"]
+    return Protocol.of(config, extractor, digest, candidate.weights, candidate.metric_suffix)
 
 
 def _evaluate_one(
-    config: EvaluateConfig, tracker: Tracker, checkpoint: Checkpoint, extractor: FeatureExtractor, workers: Workers
+    config: EvaluateConfig, tracker: Tracker, candidate: Candidate, extractor: FeatureExtractor, workers: Workers
 ) -> Evaluation:
     started = time.monotonic()
+    checkpoint = candidate.checkpoint
     location = checkpoint.tags["data.location"]
     manifest = load_manifest(location)
-    protocol = _protocol(config, checkpoint, extractor)
+    protocol = _protocol(config, candidate, extractor)
     if manifest.digest != protocol.reference_digest:
         raise WorldError(
             f"{location} is no longer the data set that {checkpoint.run_name} was trained on "
             f"(digest {manifest.digest[:12]}, was {protocol.reference_digest[:12]})"
         )
     reference = reference_statistics(location, manifest, extractor, workers)
-    with tempfile.TemporaryDirectory(prefix="ddpm-evaluate-") as name:
-        files = ModelFiles.read(checkpoint.model_id, tracker.download(checkpoint, Path(name)))
+    files, profile_error = fetch(candidate, tracker)
     generated = _generated_statistics(config, checkpoint, files, extractor.dim, workers)
     value = frechet_distance(generated, reference)
-    tracker.log_result(
-        checkpoint,
-        identity=protocol.identity,
-        protocol={**protocol.to_record(), "code": code_record().get("git_commit", code_record()["source_sha256"])},
-        metrics={protocol.metric: value},
-    )
+    code = code_record()
+    record = {**protocol.to_record(), "code": code.get("git_commit", code["source_sha256"])}
+    if profile_error is not None:
+        record["ema_profile_error"] = f"{profile_error:.2g}"
+    tracker.log_result(checkpoint, identity=protocol.identity, protocol=record, metrics={protocol.metric: value})
     return _evaluation(config, checkpoint, protocol, value, seconds=time.monotonic() - started)
 
 
@@ -191,6 +196,7 @@ def _evaluation(
         run=checkpoint.run_name,
         step=checkpoint.step,
         model_id=checkpoint.model_id,
+        weights=protocol.weights,
         metric=protocol.metric,
         value=value,
         num_images=config.protocol.num_images,

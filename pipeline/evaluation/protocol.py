@@ -29,6 +29,7 @@ class Protocol:
     """torch threads of each chunk: they, like chunk_size, decide the last bits of the images."""
     device: str
     weights: str
+    """ema, or how they were made from power-function averages."""
     sampler: str
     """With the options that this sampler has."""
     sampling_steps: int
@@ -37,12 +38,14 @@ class Protocol:
     """Left out of record and identity where it is 1, so that results from before it existed stay valid."""
 
     @classmethod
-    def of(cls, config: EvaluateConfig, extractor: FeatureExtractor, reference_digest: str) -> "Protocol":
-        """The protocol of an evaluation."""
+    def of(
+        cls, config: EvaluateConfig, extractor: FeatureExtractor, reference_digest: str, weights: str, suffix: str = ""
+    ) -> "Protocol":
+        """The protocol of an evaluation of some weights, whose metric has their suffix."""
         sampling = config.sampling
         option = f"eta={sampling.eta:g}" if sampling.sampler == "ddim" else sampling.variance
         return cls(
-            metric=extractor.metric,
+            metric=extractor.metric + suffix,
             features=extractor.name,
             features_sha256=extractor.sha256,
             resize=extractor.resize,
@@ -52,7 +55,7 @@ class Protocol:
             chunk_size=config.protocol.chunk_size,
             threads=config.cluster.cpus_per_worker,
             device="cuda" if config.cluster.use_gpu else "cpu",
-            weights="ema",
+            weights=weights,
             sampler=f"{sampling.sampler}({option})",
             sampling_steps=sampling.sampling_steps,
             sample_seed=sampling.sample_seed,
