@@ -12,7 +12,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "jobs"))
 
-from runner import run_job, succeed
+from runner import TINY, run_job, succeed
 
 from pipeline.config import EvaluateConfig, PrepareConfig, TrainConfig, as_params, override, to_flat
 from pipeline.data.manifest import load_manifest
@@ -193,3 +193,16 @@ def test_a_width_is_evaluated_beside_the_ema_and_kept_apart_from_it(tracker: Tra
     assert float(stored["protocol"]["ema_profile_error"]) == pytest.approx(0.03, abs=0.003)
     history = tracker.client.get_metric_history(checkpoint.run_id, plain[0]["metric"])
     assert [metric.step for metric in history] == [40]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_trained_run_publishes_what_a_width_is_made_from() -> None:
+    succeed("prepare_data")
+    succeed("train", *TINY, "--name", "trained", "--ema-power", "0.05", "0.10")
+    words = ["--run", "trained", "--num-images", "20", "--chunk-size", "20", "--sampling-steps", "4"]
+    found = succeed("evaluate", *words, "--ema-width", "0.08")["evaluated"]
+    assert [(entry["step"], entry["weights"]) for entry in found] == [
+        (step, f"ema-power 0.080 reconstructed from {count} snapshots") for step, count in ((20, 4), (10, 2))
+    ]
+    assert len({entry["value"] for entry in found}) == 2

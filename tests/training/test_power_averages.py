@@ -14,7 +14,8 @@ from worlds import run_one, small_task
 
 from pipeline.diffusion.averages import Averages, power_stem
 from pipeline.diffusion.posthoc_ema import Snapshot, reconstruct, weighted_sum
-from pipeline.model_folder import build_unet
+from pipeline.model_folder import build_unet, read_meta
+from pipeline.training.checkpoint import save_published
 
 STEPS = 120
 
@@ -59,3 +60,25 @@ def test_a_width_made_after_training_is_the_one_that_was_kept_in_training(
     assert float((found - kept).norm() / (last - kept).norm()) < most
     nearest = min(float((flat(trajectory[step][power_stem(other)]) - kept).norm()) for other in (0.05, 0.10))
     assert float((found - kept).norm()) < nearest / 20
+
+
+def test_a_resumed_run_has_the_averages_of_the_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
+    task = small_task(tmp_path, ema_power=(0.05, 0.10))
+    run_one(task, tmp_path / "unbroken")
+    run_one(task, tmp_path / "resumed", resume_from=tmp_path / "unbroken" / "step-00000004")
+    for file in ("ema-power-0.050.safetensors", "ema-power-0.100.safetensors"):
+        half, whole, resumed = (
+            (tmp_path / run / f"step-{step:08d}" / file).read_bytes()
+            for run, step in (("unbroken", 4), ("unbroken", 8), ("resumed", 8))
+        )
+        assert resumed == whole != half
+
+
+def test_what_is_published_has_every_average_that_the_run_keeps(tmp_path: Path) -> None:
+    task = small_task(tmp_path, steps=2, checkpoint_every=2, ema_power=(0.05, 0.10))
+    run_one(task, tmp_path / "out")
+    (published := tmp_path / "published").mkdir()
+    save_published(tmp_path / "out" / "step-00000002", published)
+    files = {"ema.safetensors", "ema-power-0.050.safetensors", "ema-power-0.100.safetensors"}
+    assert {path.name for path in published.iterdir()} == files | {"meta.json"}
+    assert read_meta(published).files.keys() == files
