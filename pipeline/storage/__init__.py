@@ -6,7 +6,7 @@ files; they never pass through here.
 """
 
 from pipeline.storage.listing import FileEntry, expand, list_entries, list_files
-from pipeline.storage.locations import home, is_remote, join, resolve
+from pipeline.storage.locations import PARTIAL, home, is_remote, join, resolve
 from pipeline.storage.patience import UnreachableError
 from pipeline.storage.reading import exists, num_bytes, open_binary, read_bytes, read_chunks, read_range
 from pipeline.storage.s3_client import s3 as _s3  # noqa: F401  for tests, which make buckets
@@ -14,6 +14,7 @@ from pipeline.storage.s3_client import s3_of_process as _s3_of_process  # noqa: 
 from pipeline.storage.writing import sha256_hex, write_bytes
 
 __all__ = [
+    "PARTIAL",
     "FileEntry",
     "UnreachableError",
     "exists",

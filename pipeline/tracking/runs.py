@@ -100,6 +100,11 @@ class TrackedRun:
         self.is_new = not self.params
         self._last_beat = -HEARTBEAT_SECONDS
 
+    @property
+    def driver_number(self) -> int:
+        """How many drivers have owned the run, with this one."""
+        return self._claim.number
+
     def log_metrics(self, records: Sequence[MetricRecord]) -> None:
         """Logs metrics of many steps in few requests, each record whole or not at all; one sent again changes nothing.
 

@@ -1,15 +1,16 @@
 """What the driver does while workers train: metrics to MLflow, checkpoints published, signs of life, progress lines.
 
 Workers and the Ray Train controller only put messages into a mailbox; the driver alone talks to MLflow (design
-decision 9). A server that is away for a while costs nothing: records stay here and are sent when it is back.
+decision 9). A server that is away for a while costs nothing: results wait in the spool on the driver's disk, and are
+sent when it is back, by this driver or by the next one of the run.
 """
 
 import logging
 import shutil
-import tempfile
+import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import ray
 from ray.train import Checkpoint, UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import Tensor
 
 from pipeline import storage
 from pipeline.config import TrainConfig
@@ -24,9 +26,11 @@ from pipeline.errors import WorldError, first_line
 from pipeline.generation import generate_chunk
 from pipeline.images import encode_png, image_grid
 from pipeline.model_folder import EMA_FILE, build_schedule, build_unet, load_tensors, read_meta
-from pipeline.tracking import TIMESTAMP, TrackedRun
+from pipeline.tracking import TIMESTAMP, TakenOverError, TrackedRun
+from pipeline.training.background import Background, stop_when
 from pipeline.training.checkpoint import save_published
 from pipeline.training.progress import Lines, Progress
+from pipeline.training.spool import CHECKPOINTS, Leftovers, Spool, spool_folder
 from pipeline.training.worker import Record
 
 if TYPE_CHECKING:
@@ -40,6 +44,7 @@ logger = logging.getLogger(__name__)
 _RETRY_SECONDS = 10.0
 _POLL_SECONDS = 1.0
 _PATIENCE_SECONDS = 120.0
+_STOP_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,10 @@ class Committed:
 class Mailbox:
     """A Ray actor on the driver's node: workers put, the driver takes."""
 
-    def __init__(self) -> None:
-        self._items: list[Record | Committed] = []
+    def __init__(self, spool: Path) -> None:
+        """Opens the spool; after a restart by Ray it holds what the driver may not have taken yet."""
+        self._spool = Spool(spool)
+        self._items: list[Record | Committed] = [*self._spool.records]
         self._verdict: str | None = None
 
     def give_up(self, reason: str) -> None:
@@ -66,8 +73,17 @@ class Mailbox:
         return self._verdict
 
     def put(self, item: Record | Committed) -> None:
-        """Adds a message; the sender does not wait for it."""
-        self._items.append(item)
+        """Adds a message; once this has returned, a record outlives every process."""
+        if isinstance(item, Committed):
+            self._items.append(item)
+            return
+        # The time of the first try: a record that is sent twice is then the same record to MLflow.
+        record = {**item, TIMESTAMP: time.time() * 1000}
+        self._items.append(record)
+        try:
+            self._spool.append(record)
+        except OSError as error:
+            logger.warning("a record is kept in memory only: %s", error)
 
     def take_all(self) -> list[Record | Committed]:
         """All messages since the last call, in the order of their coming."""
@@ -75,11 +91,12 @@ class Mailbox:
         return items
 
 
-def open_mailbox() -> "ActorHandle[Mailbox]":
-    """Starts a mailbox beside the driver, so that it lives as long as the driver's machine does."""
+def open_mailbox(run: TrackedRun) -> "ActorHandle[Mailbox]":
+    """Starts a mailbox beside the driver, whose disk it writes to; it lives as long as the driver's machine does."""
+    spool_folder(run).mkdir(parents=True, exist_ok=True)  # if that fails, it fails here, in one line
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(Mailbox).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here)
-    return cast("ActorHandle[Mailbox]", actor.remote())
+    actor = ray.remote(Mailbox).options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
+    return cast("ActorHandle[Mailbox]", actor.remote(spool_folder(run)))
 
 
 class TellCommits(UserCallback):
@@ -124,17 +141,20 @@ class Recorder:
         self._mailbox = mailbox
         self._grid_folder = grid_folder
         self._tags = tags
+        self._unsorted: list[Record] = []
         self._unsent: list[Record] = []
         self._unpublished: list[_Publication] = []
         # After a failure Ray Train repeats steps. They are the same steps with the same values, and MLflow would
         # append them: each step is sent once.
-        self._logged = run.logged_steps("train/loss")
+        self._logged = {"train/loss": run.logged_steps("train/loss")}
         self._published = run.published_steps()
+        self._spool = spool_folder(run)
+        self._leftovers = Leftovers(self._spool)
         # Ray Train keeps few checkpoints: what is published is copied as soon as it is committed, whatever MLflow does.
-        self._copies = tempfile.TemporaryDirectory(prefix="ddpm-publish-")
-        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="copy")
+        self._copier = Background("copy")
         # Sampling a sheet takes seconds to minutes; signs of life must not wait for it.
-        self._publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
+        self._publisher = Background("publish")
+        self._stopping = threading.Event()
         self._publishing: Future[bool] | None = None
         self._next_try = 0.0
         self._progress = progress or Lines(config.steps)
@@ -143,12 +163,18 @@ class Recorder:
         self.last_grid: str | None = None
 
     def turn(self) -> None:
-        """Takes what has come and sends what can be sent; never raises because MLflow is away."""
-        self._take()
+        """Takes what has come and sends what can be sent; never raises because MLflow is away.
+
+        Raises:
+            TakenOverError: Another driver owns the run.
+        """
+        self._fetch()
         if time.monotonic() < self._next_try:
             return
         try:
             self._send()
+        except TakenOverError:
+            raise
         except Exception as error:  # MLflow passes on whatever requests, SQLAlchemy, botocore or the disk raise.
             self._next_try = time.monotonic() + _RETRY_SECONDS
             logger.warning("MLflow does not take records at the moment; kept and sent later (%s)", first_line(error))
@@ -157,65 +183,112 @@ class Recorder:
         """Takes and sends the rest; waits ``_PATIENCE_SECONDS`` for an MLflow that is away.
 
         Raises:
-            WorldError: MLflow stayed away; says what is missing there.
+            TakenOverError: Another driver owns the run.
+            WorldError: MLflow stayed away; says what is missing there and where it is kept.
         """
-        give_up = time.monotonic() + _PATIENCE_SECONDS
-        self._take()
+        try:
+            self._send_rest(give_up=time.monotonic() + _PATIENCE_SECONDS)
+        except KeyboardInterrupt:
+            self._stop()
+            raise
+        self._leftovers.remove()
+
+    def _send_rest(self, give_up: float) -> None:
+        self._fetch()
         while True:
             try:
                 self._send()
                 if not self._unsent and not self._unpublished:
                     break
                 time.sleep(0.05)
+            except TakenOverError:
+                raise
             except Exception as error:
                 if time.monotonic() > give_up:
                     raise WorldError(
                         f"training is done, but MLflow lacks {len(self._unsent)} metric records and "
-                        f"{len(self._unpublished)} checkpoints: {first_line(error)}. Run the same command again"
+                        f"{len(self._unpublished)} checkpoints: {first_line(error)}. They are kept in {self._spool}; "
+                        "run the same command again on this machine"
                     ) from error
                 time.sleep(_POLL_SECONDS)
-        self._copies.cleanup()
+
+    def _stop(self) -> None:
+        """Does not let the process end while torch samples: that would abort it."""
+        self._stopping.set()
+        if self._publishing is not None:
+            wait([self._publishing], timeout=_STOP_SECONDS)
 
     def save_what_there_is(self) -> None:
         """After a failure: sends records and publishes committed checkpoints, as far as MLflow takes them."""
         try:
             self.finish()
+        except TakenOverError:
+            return  # that is the failure
         except WorldError as error:
             logger.warning("%s", error)
 
     def save_records(self) -> None:
         """After an interrupt, when only seconds are left: sends the records. Checkpoints are published on resume."""
+        self._stopping.set()
         try:
-            self._take()
+            self._fetch()
+            self._sort()
             self._run.log_metrics(self._unsent)
         except Exception as error:  # The interrupt is what ends the run, not this.
-            logger.warning("%d metric records could not be sent: %s", len(self._unsent), first_line(error))
+            logger.warning("metric records are kept in %s, to be sent on resume: %s", self._spool, first_line(error))
+        self._stop()
 
     def publish(self, committed: Committed) -> None:
         """Queues a committed checkpoint that is not published yet."""
         step = committed.step
-        if step not in self._published | {other.step for other in self._unpublished}:
-            copy = self._copier.submit(_copy, committed, Path(self._copies.name) / str(step))
+        if self._is_unknown(step):
+            copy = self._copier.submit(_copy, committed, self._spool / CHECKPOINTS / str(step))
+            self._queue(step, copy)
+
+    def _queue(self, step: int, copy: "Future[Path]") -> None:
+        if self._is_unknown(step):
             self._unpublished.append(_Publication(step=step, copy=copy))
 
-    def _take(self) -> None:
+    def _is_unknown(self, step: int) -> bool:
+        return step not in self._published and all(step != other.step for other in self._unpublished)
+
+    def _fetch(self) -> None:
         # Ray's stubs lose the type of an actor method's result.
         for item in cast(Any, ray).get(cast(Any, self._mailbox).take_all.remote()):
             if isinstance(item, Committed):
                 self.saved_step = item.step
                 self.publish(item)
-            elif item["step"] not in self._logged:
+            elif _key(item) in self._logged:
                 self._note(item)
+            else:
+                self._unsorted.append(item)
+
+    def _sort(self) -> None:
+        """Queues what earlier drivers left, and records of which only MLflow can say whether it has them."""
+        records, checkpoints = self._leftovers.take()
+        self._unsorted += records
+        for step, folder in checkpoints:
+            copy: Future[Path] = Future()
+            copy.set_result(folder)
+            self._queue(step, copy)
+        while self._unsorted:
+            key = _key(self._unsorted[0])
+            if key not in self._logged:
+                self._logged[key] = self._run.logged_steps(key)
+            self._note(self._unsorted.pop(0))
 
     def _note(self, record: Record) -> None:
-        self._logged.add(int(record["step"]))
-        # The time of the first try: a record that is sent twice is then the same record to MLflow.
-        self._unsent.append({**record, TIMESTAMP: time.time() * 1000})
+        steps = self._logged[_key(record)]
+        if record["step"] in steps:
+            return
+        steps.add(int(record["step"]))
+        self._unsent.append({TIMESTAMP: time.time() * 1000, **record})
         self.last_record = record
         self._progress.show(record)
 
     def _send(self) -> None:
         self._run.heartbeat()
+        self._sort()
         if self._unsent:
             self._run.log_metrics(self._unsent)
             self._unsent.clear()
@@ -242,19 +315,31 @@ class Recorder:
         if publication.tried and publication.step in self._run.published_steps():
             publication.is_published = True
         publication.tried = True
-        if not publication.has_sheet:
-            self._log_grid(folder, publication.step)
-            publication.has_sheet = True
         if not publication.is_published:
             self._run.publish(folder, publication.step, self._tags)
             publication.is_published = True
+        if not publication.has_sheet:
+            self._log_grid(folder, publication.step)
+            publication.has_sheet = True
         shutil.rmtree(folder, ignore_errors=True)
         return True
 
     def _log_grid(self, model_folder: Path, step: int) -> None:
+        try:
+            sheet = self._sample(model_folder)
+            self.last_grid = storage.join(self._grid_folder, f"step-{step:08d}.png")
+            storage.write_bytes(self.last_grid, encode_png(sheet))
+        except (RuntimeError, OSError) as error:  # broken weights, too little memory, storage that is full or away
+            logger.warning("the checkpoint of step %d gets no sample sheet: %s", step, first_line(error))
+            return
+        self._run.log_grid(sheet.permute(1, 2, 0).numpy(), step)
+
+    def _sample(self, model_folder: Path) -> Tensor:
+        """Returns a sheet of samples, uint8 [C, H, W]."""
         meta = read_meta(model_folder)
         unet = build_unet(meta.config.model).eval()
         unet.load_state_dict(load_tensors(model_folder, EMA_FILE, meta))
+        stop_when(unet, self._stopping)
         model = meta.config.model
         images = generate_chunk(
             unet,
@@ -264,10 +349,12 @@ class Recorder:
             shape=(self._config.grid_images, model.image_channels, model.image_size, model.image_size),
             chunk=0,
         )
-        sheet = image_grid(images)
-        self.last_grid = storage.join(self._grid_folder, f"step-{step:08d}.png")
-        storage.write_bytes(self.last_grid, encode_png(sheet))
-        self._run.log_grid(sheet.permute(1, 2, 0).numpy(), step)
+        return image_grid(images)
+
+
+def _key(record: Record) -> str:
+    """The metric by which a record is known to be logged: records are logged whole."""
+    return next(name for name in record if name not in ("step", TIMESTAMP))
 
 
 @dataclass(kw_only=True)
@@ -282,7 +369,9 @@ class _Publication:
 
 
 def _copy(committed: Committed, folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)  # an earlier copy may have failed half-way
+    partial = folder.with_name(f"{folder.name}{storage.PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)  # an earlier copy may have failed half-way
+    partial.mkdir(parents=True)
     with committed.checkpoint.as_directory() as checkpoint:
-        save_published(Path(checkpoint), folder)
-    return folder
+        save_published(Path(checkpoint), partial)
+    return partial.replace(folder)  # a driver that dies leaves whole copies to the next one, or none

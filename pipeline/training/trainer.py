@@ -33,7 +33,7 @@ from pipeline.errors import Interrupted, UserError, WorldError, first_line
 from pipeline.model_folder import read_meta
 from pipeline.provenance import code_record
 from pipeline.tracking import Checkpoint as PublishedCheckpoint
-from pipeline.tracking import DataSetInput, TrackedRun, Tracker
+from pipeline.tracking import DataSetInput, TakenOverError, TrackedRun, Tracker
 from pipeline.training.checkpoint import checkpoint_name
 from pipeline.training.gauges import Gauges
 from pipeline.training.loop import train
@@ -47,6 +47,7 @@ __all__ = ["TrainResult", "fit", "new_name"]
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
+_POST_SECONDS = 60.0
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Where Ray Train notes which checkpoints are committed."""
 
@@ -104,7 +105,7 @@ def fit(
     for label, text in zip(("MLflow", ""), tracker.ui_command(run.run_id, run.experiment_id), strict=False):
         logger.info("%-8s  %s", label, text)
     with _truthful_status(run), closing(Several(open_progress(config.steps, live=live), Gauges(run.name))) as progress:
-        mailbox = open_mailbox()
+        mailbox = open_mailbox(run)
         recorder = Recorder(
             run,
             config,
@@ -162,10 +163,16 @@ def _worker(inputs: dict[str, Any]) -> int | str:
     def wrap(model: nn.Module) -> nn.Module:
         return ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
 
+    on_their_way: list[Any] = []
+
     def log(record: Record) -> None:
-        mailbox.put.remote(record)
+        on_their_way.append(mailbox.put.remote(record))
 
     def commit(step: int, write: Write | None) -> None:
+        # Steps before a checkpoint are not done again: their records have to be on the driver's disk first.
+        if on_their_way:
+            ray.wait(on_their_way, num_returns=len(on_their_way), timeout=_POST_SECONDS)
+            on_their_way.clear()
         _report(step, write, storage.join(_runs_root(), str(task.config.name)), mailbox)
 
     task = TrainingTask.from_json(inputs["task"])
@@ -328,6 +335,8 @@ def _end(run: TrackedRun, status: Literal["FAILED", "KILLED"]) -> None:
     """Another error is on its way: MLflow being away as well must not hide it."""
     try:
         run.finish(status)
+    except TakenOverError:
+        pass  # its status is its new driver's affair
     except WorldError as error:
         logger.warning("the run could not be marked %s: %s", status, error)
 

@@ -2,6 +2,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,16 @@ from mlflow.exceptions import MlflowException
 
 sys.path.append(str(Path(__file__).parent))
 
-from worlds import run_one, small_task
+from worlds import run_one, small_task, with_knobs
 
-from pipeline.tracking import MetricRecord, TrackedRun, Tracker
+from pipeline.config import override
+from pipeline.errors import WorldError
+from pipeline.model_folder import read_meta
+from pipeline.tracking import TIMESTAMP, MetricRecord, TakenOverError, TrackedRun, Tracker
 from pipeline.training import recorder as recorder_module
-from pipeline.training.recorder import Committed, Recorder
+from pipeline.training.background import StoppedError
+from pipeline.training.recorder import Committed, Mailbox, Recorder
+from pipeline.training.spool import Spool, spool_folder
 from pipeline.training.task import TrainingTask
 
 
@@ -165,3 +171,106 @@ def test_a_checkpoint_that_storage_could_not_give_for_a_moment_is_published_when
     recorder.publish(committed(out, 4))  # as the driver does with what is kept at the end
     recorder.finish()
     assert recorder._run.published_steps() == {4}
+
+
+def test_a_checkpoint_whose_network_is_broken_is_published_without_a_sheet_and_mlflow_is_not_blamed(
+    trained: tuple[TrainingTask, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    task, out = trained
+    recorder = make_recorder(task, tmp_path, monkeypatch, [committed(out, 4), committed(out, 8)])
+    sample = Recorder._sample
+
+    def broken(self: Recorder, folder: Path) -> Any:
+        if folder.name == "4":
+            raise WorldError("the network returned values that are not finite (chunk 0); the weights are broken")
+        return sample(self, folder)
+
+    monkeypatch.setattr(Recorder, "_sample", broken)
+    recorder.finish()
+    assert recorder._run.published_steps() == {4, 8}
+    assert "the checkpoint of step 4 gets no sample sheet: the network returned values that are not" in caplog.text
+    assert "MLflow does not take" not in caplog.text
+
+
+def test_what_a_dead_driver_left_in_its_spool_is_sent_first_and_once(
+    trained: tuple[TrainingTask, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, out = trained
+    dead = make_recorder(task, tmp_path, monkeypatch, [])
+    folder = spool_folder(dead._run)
+    spool = Spool(folder)
+    for step in (2, 4, 6):
+        spool.append({**record(step), TIMESTAMP: 1e12 + step})
+    spool.append({**record(4), TIMESTAMP: 1e12 + 99})  # done again after a worker failed
+    spool._file.write(b'{"step": 8, "train/lo')  # it died while it wrote
+    dead._run.log_metrics([{**record(2), TIMESTAMP: 1e12 + 2}])  # and after it had sent, before it could know
+    dead.publish(committed(out, 4))
+    dead._copier.submit(lambda: None).result()
+    shutil.rmtree(out / "step-00000004")
+    late = make_recorder(task, tmp_path, monkeypatch, [record(6), record(8)])
+    late.turn()
+    assert steps_of(late) == [2, 6, 8]  # the spool is held by a living process: it is not touched
+    spool._file.close()
+    late.finish()
+    assert sorted(steps_of(late)) == [2, 4, 6, 8]
+    assert late._run.published_steps() == {4}
+    assert not folder.parent.exists()
+
+
+def test_records_that_mlflow_did_not_take_before_an_interrupt_are_sent_by_the_next_driver(
+    trained: tuple[TrainingTask, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, _ = trained
+    run = Tracker().start_run("run", experiment="ddpm", params={}, tags={})
+    mailbox = Mailbox(spool_folder(run))
+    mailbox.put(record(2))
+    mailbox.put(record(4))
+    assert [item["step"] for item in mailbox.take_all()] == [2, 4]  # type: ignore[index]
+    restarted = Mailbox(spool_folder(run))  # as Ray does when the actor's process dies
+    assert [item["step"] for item in restarted.take_all()] == [2, 4]  # type: ignore[index]
+    mailbox._spool._file.close()
+    restarted._spool._file.close()
+    later = make_recorder(task, tmp_path, monkeypatch, [])
+    later.finish()
+    assert steps_of(later) == [2, 4]
+
+
+def test_an_interrupt_does_not_wait_for_a_running_sheet(
+    trained: tuple[TrainingTask, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, out = trained
+    task = with_knobs(task, grid_images=400)
+    meta = read_meta(out / "step-00000008")
+    slow = override(meta.config, {"sampler": "ddpm", "sampling_steps": 1000})
+    monkeypatch.setattr(recorder_module, "read_meta", lambda folder: replace(meta, config=slow))
+    recorder = make_recorder(task, tmp_path, monkeypatch, [committed(out, 8)])
+    recorder.turn()
+    deadline = time.monotonic() + 60
+    while not recorder._run.published_steps():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(0.5)
+    assert recorder._publishing is not None
+    begin = time.monotonic()
+    recorder.save_records()
+    assert recorder._publishing.done()
+    assert isinstance(recorder._publishing.exception(), StoppedError)
+    assert time.monotonic() - begin < 4
+
+
+def test_a_driver_that_was_replaced_ends_at_its_next_turn(
+    trained: tuple[TrainingTask, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, _ = trained
+    replaced = make_recorder(task, tmp_path, monkeypatch, [record(2)])
+    later = make_recorder(task, tmp_path, monkeypatch, [record(2)])
+    later.turn()
+    with pytest.raises(TakenOverError, match="another driver has taken over run run"):
+        replaced.turn()
+    with pytest.raises(TakenOverError):
+        replaced.finish()
+    replaced.save_what_there_is()
+    assert steps_of(later) == [2]
