@@ -144,16 +144,19 @@ def _failure(error: object, exit_code: int) -> tuple[Result, str]:
 
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """A stopped job gets SIGTERM and has seconds left: it leaves by the same way as Ctrl-C."""
+    """A stopped job gets SIGTERM, or SIGHUP with its terminal, and has seconds left: it leaves as after Ctrl-C."""
 
     def interrupt(_signal: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    # nohup ignores SIGHUP, and so it stays.
+    wanted = [sign for sign in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(sign) != signal.SIG_IGN]
+    previous = {sign: signal.signal(sign, interrupt) for sign in wanted}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for sign, handler in previous.items():
+            signal.signal(sign, handler)
 
 
 @contextlib.contextmanager

@@ -160,6 +160,13 @@ def seaweedfs(program: str, folder: Path) -> Iterator[S3Server]:
 @contextmanager
 def mlflow_server(folder: Path) -> Iterator[str]:
     """Runs an MLflow server over sqlite that keeps the artifacts itself; yields its URI. Ready after 5 to 20 s."""
+    with mlflow_process(folder) as (uri, _):
+        yield uri
+
+
+@contextmanager
+def mlflow_process(folder: Path) -> Iterator[tuple[str, ServerProcess]]:
+    """Like ``mlflow_server``; yields its process as well, to kill it and start it again on the same port and data."""
     (port,) = _free_ports(1, offsets=(0,))
     command = [
         sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
@@ -169,8 +176,9 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     uri = f"http://127.0.0.1:{port}"
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     log = folder / "mlflow.log"
-    with _running(ServerProcess(command, log=log, ready=f"{uri}/health", seconds=120, environment=quiet)):
-        yield uri
+    process = ServerProcess(command, log=log, ready=f"{uri}/health", seconds=120, environment=quiet)
+    with _running(process):
+        yield uri, process
 
 
 @contextmanager

@@ -11,6 +11,7 @@ __all__ = ["evaluate_job"]
 def evaluate_job(config: EvaluateConfig) -> Outcome:
     """Evaluates what ``config`` selects. Raises as ``evaluate``."""
     tracker = Tracker()
+    tracker.close_abandoned(config.experiment)
     todo = select(config, tracker)
     if not todo:
         return Outcome()  # a schedule fires often: this costs no cluster

@@ -7,7 +7,7 @@ number of network evaluations. The loss is never the objective: it is not compar
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.tune
@@ -22,7 +22,7 @@ from pipeline.evaluation.features import METRICS, load_extractor
 from pipeline.provenance import code_record
 from pipeline.sweep.report import SweepResult, TrialResult
 from pipeline.sweep.space import Trial, search_space
-from pipeline.tracking import TrackedRun, Tracker
+from pipeline.tracking import TakenOverError, TrackedRun, Tracker
 from pipeline.training.task import plan
 from pipeline.training.trainer import fit
 
@@ -85,7 +85,7 @@ def tune(config: TuneConfig, name: str, tracker: Tracker) -> SweepResult:
         params=_params(config),
         tags={"ddpm.kind": "sweep", **{f"code.{key}": value for key, value in code_record().items()}},
     )
-    status = "FAILED"
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
         sweep = _Sweep(
             name=name,
@@ -114,9 +114,17 @@ def tune(config: TuneConfig, name: str, tracker: Tracker) -> SweepResult:
         status = "KILLED"
         raise
     finally:
+        _end(tracker, parent, status)
+
+
+def _end(tracker: Tracker, parent: TrackedRun, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+    """Ends the sweep's runs. That MLflow is away must not hide how the sweep ended; later jobs mark what is left."""
+    try:
         # Trials that were stopped with the sweep cannot say so themselves.
         tracker.end_children(parent.run_id, parent.experiment_id)
-        parent.finish(status)  # type: ignore[arg-type]
+        parent.finish(status)
+    except WorldError as error:
+        logger.warning("the sweep could not be marked %s: %s", status, error)
 
 
 def _refuse_another_sweep(config: TuneConfig, name: str, tracker: Tracker) -> None:
@@ -228,6 +236,8 @@ class _Progress(Callback):
         """Called by Tune after each turn of its loop."""
         try:
             self._parent.heartbeat()
+        except TakenOverError:
+            raise
         except Exception as error:  # MLflow being away must not end a sweep.
             logger.warning("MLflow does not answer: %s", first_line(error))
 

@@ -120,7 +120,7 @@ class Tracker:
             with contextlib.suppress(Exception):
                 tracked.finish("FAILED")
             raise
-        self.close_abandoned(experiment_id)
+        self.close_abandoned(experiment)
         return tracked
 
     @one_line_errors
@@ -129,14 +129,16 @@ class Tracker:
         runs = self._runs_called(name)
         return max(runs, key=_precedence) if runs else None
 
-    def close_abandoned(self, experiment_id: str) -> None:
+    def close_abandoned(self, experiment: str) -> None:
         """Marks runs of an experiment KILLED that say RUNNING, but whose driver is gone; never those of other programs.
 
         A courtesy: MLflow refusing it stops nothing.
         """
         query = f"attributes.status = 'RUNNING' and tags.`{ownership.HEARTBEAT}` != ''"
         try:
-            for name in ownership.close_abandoned(self.client, self.client.search_runs([experiment_id], query)):
+            found = self.client.get_experiment_by_name(experiment)
+            runs = self.client.search_runs([found.experiment_id], query) if found else []
+            for name in ownership.close_abandoned(self.client, runs):
                 logger.info("run %s is marked KILLED: its driver is gone", name)
         except Exception as error:  # MLflow lets through whatever its store raises.
             logger.debug("abandoned runs could not be marked: %s", first_line(error))

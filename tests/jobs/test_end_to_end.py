@@ -137,6 +137,29 @@ def test_a_stopped_driver_leaves_a_killed_run_that_the_same_command_finishes(hom
     assert mlflow.get_run(run.info.run_id).info.status == "FINISHED"
 
 
+def test_a_driver_that_is_killed_loses_no_record_and_doubles_none(home: str) -> None:
+    words = [sys.executable, "jobs/train.py", *TINY, "--name", "shot", "--steps", "100000"]
+    spool = Path(home) / "spool"
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as job:
+        deadline = time.monotonic() + 120
+        while not list((Path(home) / "runs" / "shot").glob("samples/*.png")):
+            assert time.monotonic() < deadline, "no checkpoint was published"
+            assert job.poll() is None, job.communicate()[1]
+            time.sleep(0.5)
+        job.kill()
+    mlflow = client(home)
+    (run,) = mlflow.search_runs([mlflow.get_experiment_by_name("ddpm").experiment_id])
+    assert run.info.status == "RUNNING"
+    (file,) = spool.glob("shot-*/1/records.jsonl")
+    reached = json.loads(file.read_text().splitlines()[-2])["step"] // 10 * 10 + 20
+    result = succeed("train", *TINY, "--name", "shot", "--steps", str(reached))
+    assert result["run_id"] == run.info.run_id
+    steps = [m.step for m in mlflow.get_metric_history(run.info.run_id, "train/loss")]
+    assert sorted(steps) == list(range(5, reached + 1, 5))
+    assert mlflow.get_run(run.info.run_id).info.status == "FINISHED"
+    assert not list(spool.glob("*"))
+
+
 def test_a_diverging_run_fails_with_the_step_in_one_line(home: str) -> None:
     words = ["--name", "wild", "--lr", "1e30", "--lr-warmup-steps", "1", "--grad-clip", "0", "--max-failures", "0"]
     done = run_job("train", *TINY, *words)

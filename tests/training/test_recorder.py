@@ -12,6 +12,7 @@ from mlflow.exceptions import MlflowException
 
 sys.path.append(str(Path(__file__).parent))
 
+from servers import mlflow_process
 from worlds import run_one, small_task, with_knobs
 
 from pipeline.config import override
@@ -274,3 +275,31 @@ def test_a_driver_that_was_replaced_ends_at_its_next_turn(
         replaced.finish()
     replaced.save_what_there_is()
     assert steps_of(later) == [2]
+
+
+@pytest.mark.slow
+def test_a_server_that_is_away_in_the_middle_of_a_run_costs_and_doubles_nothing(
+    trained: tuple[TrainingTask, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    task, out = trained
+    (tmp_path / "server").mkdir()
+    with mlflow_process(tmp_path / "server") as (uri, server):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        monkeypatch.setattr(recorder_module, "_RETRY_SECONDS", 1.0)
+        mail: list[Any] = [record(2), committed(out, 4)]
+        recorder = make_recorder(task, tmp_path, monkeypatch, mail)
+        recorder.turn()
+        server.kill()
+        mail += [record(4), record(6), committed(out, 8)]
+        recorder.turn()
+        assert "MLflow does not take records at the moment; kept and sent later" in caplog.text
+        server.start(wait=False)
+        mail += [record(6), record(8)]
+        recorder.finish()
+        recorder._run.finish("FINISHED")
+        assert steps_of(recorder) == [2, 4, 6, 8]
+        assert sorted(entry.step for entry in Tracker().checkpoints(recorder._run.experiment_id)) == [4, 8]
+        assert Tracker().client.get_run(recorder._run.run_id).info.status == "FINISHED"
