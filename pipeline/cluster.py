@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from pipeline.errors import UserError, WorldError
 
-__all__ = ["connect", "fits", "require", "set_environment"]
+__all__ = ["connect", "fits", "require", "set_environment", "set_patience"]
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -31,6 +31,8 @@ _QUIET = {
     # The controller commits a checkpoint and notices a dead worker on this poll; the default of 2 s is a long time
     # for a worker that waits in report().
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # The goodbye between workers before they are ended anyway. After a failure one of them does not answer.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     # Ray announces this change of behaviour on every start.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -45,13 +47,26 @@ def set_environment() -> None:
     """Sets what Ray reads from the environment when it is first imported; later it is too late for the token."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    if "RAY_ADDRESS" in os.environ:
-        # A GPU machine of the cloud boots and pulls its image in minutes; by default Ray Train gives up after one.
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
     if "RAY_ADDRESS" in os.environ or "RAY_AUTH_MODE" in os.environ or "ray" in sys.modules:
         return
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def set_patience(*, hung_after_seconds: float, barrier_seconds: float, elastic: bool) -> None:
+    """Sets how long Ray Train waits for workers; its controller takes these from the environment of ``fit``.
+
+    Args:
+        hung_after_seconds: A worker process that has not answered for so long is replaced, even one that is stopped.
+        barrier_seconds: The longest wait of a worker in ``report`` for the others.
+        elastic: Whether training starts with as many workers as there are.
+    """
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(hung_after_seconds))
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(barrier_seconds))
+    # Ray counts the workers of a node for 20 s after it died; an elastic group that waits for them only loses time. A
+    # fixed one waits for its nodes: a GPU machine of the cloud boots and pulls its image in minutes.
+    start = "30" if elastic else "1800" if "RAY_ADDRESS" in os.environ else "60"
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", start)
 
 
 @contextmanager

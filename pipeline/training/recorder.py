@@ -68,6 +68,10 @@ class Mailbox:
         """Notes why trying again from the last checkpoint is in vain; the first reason stays."""
         self._verdict = self._verdict or reason
 
+    def try_again(self) -> None:
+        """Takes the verdict back: what it was about is mended."""
+        self._verdict = None
+
     def verdict(self) -> str | None:
         """The reason of ``give_up``, or None."""
         return self._verdict

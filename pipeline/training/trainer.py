@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import ray
 import ray.train
@@ -30,17 +30,20 @@ from pipeline import cluster, storage
 from pipeline.config import TrainConfig, to_flat
 from pipeline.data.faults import DataError, TooMuchDamageError
 from pipeline.errors import Interrupted, UserError, WorldError, first_line
-from pipeline.model_folder import read_meta
 from pipeline.provenance import code_record
 from pipeline.tracking import Checkpoint as PublishedCheckpoint
 from pipeline.tracking import DataSetInput, TakenOverError, TrackedRun, Tracker
 from pipeline.training.checkpoint import checkpoint_name
+from pipeline.training.committed import SNAPSHOT, committed_checkpoints, damage, drop_damaged
 from pipeline.training.gauges import Gauges
 from pipeline.training.loop import train
 from pipeline.training.progress import Several, open_progress
-from pipeline.training.recorder import Committed, Recorder, TellCommits, open_mailbox
+from pipeline.training.recorder import Committed, Mailbox, Recorder, TellCommits, open_mailbox
 from pipeline.training.task import TrainingTask, differences, plan
 from pipeline.training.worker import HopelessError, Record, Worker, Write
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 __all__ = ["TrainResult", "fit", "new_name"]
 
@@ -48,8 +51,10 @@ logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 _POST_SECONDS = 60.0
-_SNAPSHOT = "checkpoint_manager_snapshot.json"
-"""Where Ray Train notes which checkpoints are committed."""
+
+
+class _DamagedError(WorldError):
+    """The checkpoint to go on from is not whole; the driver can choose another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,22 +119,8 @@ def fit(
             tags={"data.digest": task.manifest.digest, "data.location": task.location, "weights": "ema"},
             progress=progress,
         )
-        trainer = TorchTrainer(
-            _worker,  # type: ignore[arg-type]  # its return value comes back as result.return_value
-            train_loop_config={"task": task.to_json(), "mailbox": mailbox},
-            torch_config=TorchConfig(timeout_s=_process_group_timeout(config)),
-            scaling_config=_scaling(config),
-            run_config=RunConfig(  # type: ignore[arg-type]
-                name=run.name,
-                storage_path=_runs_root(),
-                checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
-                failure_config=FailureConfig(max_failures=config.cluster.max_failures, controller_failure_limit=3),
-                callbacks=[TellCommits(mailbox)],
-                logging_config=LoggingConfig(log_level="ERROR"),
-            ),
-        )
         try:
-            result = _run_beside(cast(Callable[[], Result], trainer.fit), recorder.turn)
+            result = _train(task, run.name, mailbox, recorder)
             for checkpoint, metrics in result.best_checkpoints or []:
                 recorder.publish(Committed(int(metrics["step"]), checkpoint))
             step = _step_reached(result)
@@ -150,6 +141,50 @@ def fit(
         images_per_second=record.get("perf/images_per_second"),
         grid=recorder.last_grid,
         ui=tracker.ui_command(run.run_id, run.experiment_id),
+    )
+
+
+def _train(task: TrainingTask, name: str, mailbox: "ActorHandle[Mailbox]", recorder: Recorder) -> Result:
+    """Runs the Ray Train job, again for each checkpoint that turns out to be damaged: there are fewer each time."""
+    folder, patience = storage.join(_runs_root(), name), task.config.data.storage_patience_seconds
+    drop_damaged(folder, patience_seconds=patience)
+    for step, location in committed_checkpoints(folder).items():
+        recorder.publish(Committed(step, Checkpoint(location)))  # an earlier driver may have died before it was
+    while True:
+        trainer = _trainer(task, name, mailbox)
+        result = _run_beside(cast(Callable[[], Result], trainer.fit), recorder.turn)
+        if not isinstance(result.return_value, str) or not drop_damaged(folder, patience_seconds=patience):
+            return result
+        cast(Any, ray).get(mailbox.try_again.remote())
+
+
+def _trainer(task: TrainingTask, name: str, mailbox: "ActorHandle[Mailbox]") -> TorchTrainer:
+    config, workers = task.config, task.config.cluster
+    elastic = workers.min_workers < workers.max_workers
+    cluster.set_patience(
+        hung_after_seconds=workers.worker_timeout_seconds,
+        barrier_seconds=_process_group_timeout(config),
+        elastic=elastic,
+    )
+    return TorchTrainer(
+        _worker,  # type: ignore[arg-type]  # its return value comes back as result.return_value
+        train_loop_config={"task": task.to_json(), "mailbox": mailbox},
+        torch_config=TorchConfig(timeout_s=_process_group_timeout(config)),
+        scaling_config=_scaling(config),
+        run_config=RunConfig(  # type: ignore[arg-type]
+            name=name,
+            storage_path=_runs_root(),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
+            failure_config=FailureConfig(
+                max_failures=workers.max_failures,
+                # A node that the cloud announces to take away is no failure of ours.
+                max_preemption_failures=-1,
+                # A group that cannot start. With MIN:MAX a dead node is asked for until Ray forgets it, each time.
+                controller_failure_limit=-1 if elastic else 3,
+            ),
+            callbacks=[TellCommits(mailbox)],
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
     )
 
 
@@ -192,14 +227,13 @@ def _worker(inputs: dict[str, Any]) -> int | str:
         if checkpoint is None:
             return train(task, worker)
         with checkpoint.as_directory() as folder:
-            if worker.rank == 0:
-                # The driver that was told of it may have died before it was published.
-                mailbox.put.remote(Committed(read_meta(Path(folder)).step, checkpoint))
+            if reason := damage(folder):
+                raise _DamagedError(reason)
             return train(task, worker, Path(folder))
     except HopelessError as error:
         # Not raised: Ray Train would start again from the last checkpoint, and it would end in the same way.
         return str(error)
-    except (DataError, TooMuchDamageError) as error:
+    except (DataError, TooMuchDamageError, _DamagedError) as error:
         # Only this rank knows, and the others wait for it: they are ended by raising. When Ray Train starts all of them
         # again, they find the verdict.
         cast(Any, ray).get(mailbox.give_up.remote(str(error)))
@@ -306,7 +340,7 @@ def _refuse_another_run(task: TrainingTask, params: Mapping[str, str], tags: Map
 def _refuse_lost_checkpoints(name: str, published: Sequence[PublishedCheckpoint]) -> None:
     """MLflow knows published checkpoints, storage has none to go on from: starting at 0 would mix two curves."""
     folder = storage.join(_runs_root(), name)
-    if published and not storage.exists(storage.join(folder, _SNAPSHOT)):
+    if published and not storage.exists(storage.join(folder, SNAPSHOT)):
         raise UserError(
             f"MLflow has checkpoints of run {name!r} up to step {max(entry.step for entry in published)}, but {folder} "
             "holds none to go on from; set DDPM_HOME to where they lie, or choose another --name"

@@ -1,0 +1,125 @@
+"""Ray clusters for tests: nodes that can be killed one by one, each a tree of processes that this process started."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+RAY = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
+"""``ray`` of this environment, whatever the PATH says."""
+
+FAST_DEATHS = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""A node that does not answer is declared dead after about 10 s instead of a minute or more."""
+
+
+@dataclass(kw_only=True)
+class Node:
+    """One machine of a cluster: ``ray start --block`` and everything below it."""
+
+    process: "subprocess.Popen[bytes]"
+
+    def kill(self) -> None:
+        """Ends all of it at once, as a power cut does."""
+        kill_tree(self.process.pid)
+        self.process.wait(30)
+
+
+@dataclass(kw_only=True)
+class Cluster:
+    """A head and further nodes on this machine, with token authentication."""
+
+    folder: Path
+    port: int
+    environment: dict[str, str]
+    """What a client of the cluster needs."""
+    nodes: list[Node] = field(default_factory=list)
+
+    def add_node(self, *, num_cpus: int, head: bool = False) -> Node:
+        """Starts a node; returns at once unless it is the head."""
+        where = ["--head", f"--port={self.port}", f"--temp-dir={self.folder}"] if head else []
+        where += ["--include-dashboard=false"] if head else [f"--address=127.0.0.1:{self.port}"]
+        command = [*RAY, "start", "--block", "--node-ip-address=127.0.0.1", *where, f"--num-cpus={num_cpus}"]
+        command += ["--object-store-memory=100000000", "--disable-usage-stats"]
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        with (self.folder / "nodes.log").open("ab") as log:
+            process = subprocess.Popen(
+                command, env={**environment, **self.environment, "RAY_ADDRESS": ""}, stdout=log, stderr=log
+            )
+        node = Node(process=process)
+        self.nodes.append(node)
+        if head:
+            _wait_for_port(self.port, process)
+        return node
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes in which Ray Train's workers run, of all nodes."""
+        return [process for node in self.nodes for process in tree(node.process.pid) if _is_train_worker(process)]
+
+
+@contextmanager
+def cluster(*, head_cpus: int) -> Iterator[Cluster]:
+    """Starts a head; ends all nodes at the end."""
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short sockets
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        environment = {**token, **FAST_DEATHS, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+        new = Cluster(folder=Path(folder), port=port, environment=environment)
+        try:
+            new.add_node(num_cpus=head_cpus, head=True)
+            yield new
+        finally:
+            for node in reversed(new.nodes):
+                node.kill()
+
+
+def tree(pid: int) -> list[psutil.Process]:
+    """A process and all its descendants."""
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL to a process and all its descendants, parents first, so that none is replaced."""
+    for process in tree(pid):
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _is_train_worker(process: psutil.Process) -> bool:
+    try:
+        return process.name().startswith("ray::RayTrainW") or "RayTrainWorker" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def _wait_for_port(port: int, process: "subprocess.Popen[bytes]", seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the head ended"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise AssertionError("the head did not come up")
