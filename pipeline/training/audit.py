@@ -9,6 +9,7 @@ in the order of the ranks gives the global batch, the same for every number of w
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import IO
 
@@ -40,7 +41,7 @@ class AuditLog:
         path = Path(folder).expanduser() / f"rank-{rank:05d}-of-{num_workers:05d}.jsonl"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # One write for each line: what a killed worker leaves behind are whole lines.
+            _drop_half_line(path)
             self._file = path.open("a", buffering=1)
         except OSError as error:
             raise WorldError(
@@ -67,3 +68,18 @@ class AuditLog:
         """Closes the file."""
         if self._file is not None:
             self._file.close()
+
+
+def _drop_half_line(path: Path) -> None:
+    """A worker killed in mid-write leaves half a line. No checkpoint covers its step, so that it comes again."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - 2**16)
+            file.seek(start)
+            end = start + file.read(end - start).rfind(b"\n") + 1
+            if end > start:
+                break
+        file.truncate(end)

@@ -19,7 +19,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 # ray.train exports these under the same names, but a type checker sees the first version's there.
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -37,6 +37,7 @@ from pipeline.training.checkpoint import checkpoint_name
 from pipeline.training.committed import SNAPSHOT, committed_checkpoints, damage, drop_damaged
 from pipeline.training.gauges import Gauges
 from pipeline.training.loop import train
+from pipeline.training.network import NodeAddressTorchConfig
 from pipeline.training.progress import Several, open_progress
 from pipeline.training.recorder import Committed, Mailbox, Recorder, TellCommits, open_mailbox
 from pipeline.training.task import TrainingTask, differences, plan
@@ -169,7 +170,7 @@ def _trainer(task: TrainingTask, name: str, mailbox: "ActorHandle[Mailbox]") -> 
     return TorchTrainer(
         _worker,  # type: ignore[arg-type]  # its return value comes back as result.return_value
         train_loop_config={"task": task.to_json(), "mailbox": mailbox},
-        torch_config=TorchConfig(timeout_s=_process_group_timeout(config)),
+        torch_config=NodeAddressTorchConfig(timeout_s=_process_group_timeout(config)),
         scaling_config=_scaling(config),
         run_config=RunConfig(  # type: ignore[arg-type]
             name=name,

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from clusters import Cluster, cluster
+from clusters import Cluster, cluster, tree
 from runner import ROOT, TINY, succeed
 
 from pipeline.training.committed import SNAPSHOT, damage
@@ -80,7 +81,8 @@ class Job:
         assert self.process.returncode == 0, self.log
 
     def _lines(self) -> list[str]:
-        return self._audit.read_text().splitlines() if self._audit.exists() else []
+        """Whole lines: the last may be being written."""
+        return self._audit.read_text().split("\n")[:-1] if self._audit.exists() else []
 
     def _until(self, condition: Callable[[], bool], seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
@@ -165,3 +167,21 @@ def check_mlflow(home: str) -> None:
     print(f"not in MLflow: {sorted(set(range(10, STEPS + 1, 10)) - set(steps))}")
     models = mlflow.search_logged_models([experiment], f"source_run_id = '{run.info.run_id}'")
     assert sorted(int(model.tags["step"]) for model in models) == list(range(EVERY, STEPS + 1, EVERY))
+
+
+def test_a_killed_driver_takes_its_private_cluster_along_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    succeed("prepare_data")
+    words = [*WORDS, "--steps", "150", "--name", "alone", "--audit-dir", str(tmp_path)]
+    with subprocess.Popen([sys.executable, "jobs/train.py", *words], cwd=ROOT, stderr=subprocess.DEVNULL) as job:
+        checkpoint = Path(os.environ["DDPM_HOME"]) / "runs" / "alone" / SNAPSHOT
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        cluster_of_job = tree(job.pid)[1:]
+        job.kill()
+    killed = time.monotonic()
+    _, alive = psutil.wait_procs(cluster_of_job, timeout=60)
+    print(f"{len(cluster_of_job)} processes were gone after {time.monotonic() - killed:.1f} s")
+    assert alive == []
+    assert succeed("train", *words)["step"] == 150

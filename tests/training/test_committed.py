@@ -11,6 +11,7 @@ sys.path.append(str(Path(__file__).parent))
 from worlds import run_one, small_task
 
 from pipeline.errors import WorldError
+from pipeline.training.audit import AuditLog
 from pipeline.training.committed import SNAPSHOT, committed_checkpoints, damage, drop_damaged
 
 
@@ -89,3 +90,10 @@ def test_a_snapshot_that_was_cut_short_is_written_again_from_the_whole_checkpoin
 def test_a_new_run_has_nothing_to_look_at(tmp_path: Path) -> None:
     assert not drop_damaged(str(tmp_path / "new"))
     assert committed_checkpoints(str(tmp_path / "new")) == {}
+
+
+def test_half_a_line_of_a_killed_worker_is_dropped_from_the_audit(tmp_path: Path) -> None:
+    file = tmp_path / "rank-00000-of-00001.jsonl"
+    file.write_text('{"step": 0}\n{"step": 1, "ke')
+    AuditLog(str(tmp_path), 0, 1).close()
+    assert file.read_text() == '{"step": 0}\n'

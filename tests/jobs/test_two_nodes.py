@@ -1,0 +1,131 @@
+"""Two machines with a cable between them that is pulled in mid-run."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "training")]
+
+from runner import ROOT, TINY, succeed
+from two_nodes import TwoNodes, two_nodes, why_not
+from worlds import run_one
+
+from pipeline.config import TrainConfig, override
+from pipeline.training.task import plan
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+KNOBS = {"base_channels": 8, "batch_size": 32, "dropout": 0.1, "random_flip": True, "checkpoint_every": 100}
+MAX_STEPS = 3000
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[TwoNodes]:
+    """Two nodes of one CPU each."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with two_nodes() as pair:
+        yield pair
+
+
+class Run:
+    """The train command beside the head."""
+
+    def __init__(self, nodes: TwoNodes, folder: Path, workers: str) -> None:
+        self.audit = folder / f"audit-{workers.replace(':', '-')}"
+        self.log = folder / "train.log"
+        self.name = f"workers-{workers.replace(':', '-')}"
+        words = [*TINY, "--checkpoint-every", "100", "--steps", str(MAX_STEPS), "--dropout", "0.1", "--random-flip"]
+        words += ["--num-workers", workers, "--resize-seconds", "5", "--max-failures", "10", "--quality-images", "0"]
+        words += ["--grid-images", "1", "--name", self.name, "--audit-dir", str(self.audit)]
+        self.process: subprocess.Popen[bytes] = nodes.popen([sys.executable, "jobs/train.py", *words], self.log, ROOT)
+
+    def steps(self, num_workers: int) -> list[int]:
+        """Steps that rank 0 of so many workers has taken, in order."""
+        path = self.audit / f"rank-00000-of-{num_workers:05d}.jsonl"
+        return [json.loads(line)["step"] for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+    def until(self, condition: Callable[[], bool], seconds: float = 240) -> float:
+        """Waits; returns the seconds it took."""
+        started = time.monotonic()
+        while not condition():
+            assert time.monotonic() < started + seconds, self.log.read_text()
+            assert self.process.poll() in (None, 0), self.log.read_text()
+            time.sleep(0.2)
+        return time.monotonic() - started
+
+
+def read(folder: Path) -> dict[tuple[int, int], list[dict[str, Any]]]:
+    """Audit lines by (rank, number of workers)."""
+    records = {}
+    for file in folder.glob("*.jsonl"):
+        _, rank, _, size = file.stem.split("-")
+        records[int(rank), int(size)] = [json.loads(line) for line in file.read_text().splitlines()]
+    return records
+
+
+def check_audit(run: Run, folder: Path) -> None:
+    """Every line is its part of the batch that one untouched worker takes, and no step is missing."""
+    data = str(Path(os.environ["DDPM_HOME"]) / "data" / "digits")
+    truth_folder = folder / "truth"
+    knobs = {**KNOBS, "data": data, "steps": MAX_STEPS, "num_workers": 1, "audit_dir": str(truth_folder)}
+    run_one(plan(override(TrainConfig(), {**knobs, "checkpoint_every": MAX_STEPS})), folder / "out")
+    truth = {record["step"]: record for record in read(truth_folder)[0, 1]}
+    steps: dict[tuple[int, int], set[int]] = {}
+    for (rank, size), records in read(run.audit).items():
+        part = slice(rank * 32 // size, (rank + 1) * 32 // size)
+        for record in records:
+            for key in ("keys", "t", "eps_sha256"):
+                assert record[key] == truth[record["step"]][key][part]
+        steps[rank, size] = {record["step"] for record in records}
+    together = steps.get((0, 2), set()) & steps.get((1, 2), set())
+    assert steps.get((0, 1), set()) | together == set(range(MAX_STEPS))
+
+
+def check_mlflow(run: Run) -> None:
+    """Each step once, and a run that is finished."""
+    mlflow = MlflowClient(f"sqlite:///{os.environ['DDPM_HOME']}/mlflow.db")
+    experiment = mlflow.get_experiment_by_name("ddpm").experiment_id
+    (found,) = mlflow.search_runs([experiment], f"tags.`mlflow.runName` = '{run.name}'")
+    assert found.info.status == "FINISHED"
+    steps = [metric.step for metric in mlflow.get_metric_history(found.info.run_id, "train/loss")]
+    assert steps == list(range(5, MAX_STEPS + 1, 5))
+
+
+def test_an_elastic_run_goes_on_without_the_node_that_is_cut_off_and_grows_when_it_is_back(
+    nodes: TwoNodes, tmp_path: Path
+) -> None:
+    succeed("prepare_data")
+    run = Run(nodes, tmp_path, "1:2")
+    run.until(lambda: len(run.steps(2)) > 60)
+    nodes.cut()
+    alone = len(run.steps(1))
+    print(f"alone {run.until(lambda: len(run.steps(1)) > alone):.0f} s after the cut")
+    together = len(run.steps(2))
+    nodes.join()
+    print(f"together {run.until(lambda: len(run.steps(2)) > together):.0f} s after the link was back")
+    run.until(lambda: run.process.poll() is not None)
+    check_audit(run, tmp_path)
+    check_mlflow(run)
+
+
+def test_a_fixed_run_waits_for_the_node_that_is_cut_off_and_goes_on(nodes: TwoNodes, tmp_path: Path) -> None:
+    succeed("prepare_data")
+    run = Run(nodes, tmp_path, "2")
+    run.until(lambda: len(run.steps(2)) > 60)
+    nodes.cut()
+    time.sleep(30)
+    together = len(run.steps(2))
+    nodes.join()
+    print(f"together {run.until(lambda: len(run.steps(2)) > together):.0f} s after the link was back")
+    run.until(lambda: run.process.poll() is not None)
+    check_audit(run, tmp_path)
+    check_mlflow(run)
