@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS, EVERY = 400, 50
 WORDS = [*TINY, "--steps", str(STEPS), "--checkpoint-every", str(EVERY), "--log-every", "10", "--keep-checkpoints", "8"]
 WORDS += ["--dropout", "0.1", "--random-flip", "--num-workers", "2", "--max-failures", "10"]
-WORDS += ["--worker-timeout-seconds", "15", "--storage-patience-seconds", "5", "--quality-images", "0"]
+WORDS += ["--worker-timeout-seconds", "15", "--storage-patience-seconds", "5"]
 
 Record = dict[str, Any]
 
