@@ -44,7 +44,7 @@ class Run:
         self.log = folder / "train.log"
         self.name = f"workers-{workers.replace(':', '-')}"
         words = [*TINY, "--checkpoint-every", "100", "--steps", str(MAX_STEPS), "--dropout", "0.1", "--random-flip"]
-        words += ["--num-workers", workers, "--resize-seconds", "5", "--max-failures", "10", "--quality-images", "0"]
+        words += ["--num-workers", workers, "--resize-seconds", "5", "--max-failures", "10"]
         words += ["--grid-images", "1", "--name", self.name, "--audit-dir", str(self.audit)]
         self.process: subprocess.Popen[bytes] = nodes.popen([sys.executable, "jobs/train.py", *words], self.log, ROOT)
 
