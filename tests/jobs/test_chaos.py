@@ -75,6 +75,12 @@ class Job:
         before = len(self._lines())
         self._until(lambda: any(record["step"] >= step for record in map(json.loads, self._lines()[before:])))
 
+    def recover(self, what: str) -> None:
+        """Waits until a step is taken again, and prints how long that took."""
+        started, before = time.monotonic(), len(self._lines())
+        self._until(lambda: len(self._lines()) > before + 2)  # a line or two may have been on their way
+        print(f"{what}: training again after {time.monotonic() - started:.0f} s")
+
     def finish(self) -> None:
         """Waits for the command, which must succeed."""
         self._until(lambda: self.process.poll() is not None)
@@ -119,15 +125,18 @@ def test_the_weights_do_not_depend_on_what_is_killed_and_when(tmp_path: Path, tw
 
     job.wait_for(moments[0])
     chance.choice(two_nodes.workers()).send_signal(signal.SIGKILL)
+    job.recover("worker killed")
 
     job.wait_for(moments[1])
     stopped = chance.choice(two_nodes.workers())
     stopped.send_signal(signal.SIGSTOP)  # it is never continued
+    job.recover("worker stopped")
 
     job.wait_for(moments[2])
     assert not stopped.is_running(), "the stopped worker was left behind"
     two_nodes.nodes.pop().kill()
     two_nodes.add_node(num_cpus=1)
+    job.recover("node killed")
 
     job.wait_for(moments[3])
     job.process.kill()
@@ -136,6 +145,7 @@ def test_the_weights_do_not_depend_on_what_is_killed_and_when(tmp_path: Path, tw
     newest = snapshot["latest_checkpoint_result"]["checkpoint_dir_name"]
     os.truncate(Path(home) / "runs" / "touched" / newest / "model.safetensors", 1000)
     job.start()
+    job.recover("driver killed")
     job.finish()
 
     warnings = [line for line in job.log.splitlines() if "the newest whole checkpoint" in line]
@@ -181,7 +191,7 @@ def test_a_killed_driver_takes_its_private_cluster_along_and_the_same_command_go
         cluster_of_job = tree(job.pid)[1:]
         job.kill()
     killed = time.monotonic()
-    _, alive = psutil.wait_procs(cluster_of_job, timeout=60)
+    _, alive = psutil.wait_procs(cluster_of_job, timeout=180)  # Ray's own agents notice last
     print(f"{len(cluster_of_job)} processes were gone after {time.monotonic() - killed:.1f} s")
     assert alive == []
     assert succeed("train", *words)["step"] == 150

@@ -1,3 +1,4 @@
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -76,3 +77,18 @@ def test_a_run_whose_checkpoints_are_gone_is_refused_and_keeps_its_status(tmp_pa
     with pytest.raises(UserError, match=r"MLflow has checkpoints of run 'run' up to step 4, but .* holds none"):
         _open_run(task, tracker, None, {})
     assert tracker.client.get_run(run.run_id).info.status == "FINISHED"
+
+
+def test_a_fixed_group_waits_for_machines_that_boot_and_an_elastic_one_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    for elastic, seconds in ((False, "1800"), (True, "30")):
+        for name in ("WORKER_GROUP_START", "WORKER_HEALTH_CHECK", "COLLECTIVE"):
+            monkeypatch.delenv(f"RAY_TRAIN_{name}_TIMEOUT_S", raising=False)
+        cluster.set_patience(hung_after_seconds=7, barrier_seconds=9, elastic=elastic)
+        assert os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == seconds
+        assert os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] == "7"
+        assert os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] == "9"
+    for name in ("WORKER_GROUP_START", "WORKER_HEALTH_CHECK", "COLLECTIVE"):
+        monkeypatch.delenv(f"RAY_TRAIN_{name}_TIMEOUT_S")
