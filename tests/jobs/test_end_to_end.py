@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 
@@ -146,7 +147,11 @@ def test_a_driver_that_is_killed_loses_no_record_and_doubles_none(home: str) -> 
             assert time.monotonic() < deadline, "no checkpoint was published"
             assert job.poll() is None, job.communicate()[1]
             time.sleep(0.5)
+        cluster_of_job = psutil.Process(job.pid).children(recursive=True)
         job.kill()
+    # Its workers take further steps until they notice.
+    _, alive = psutil.wait_procs(cluster_of_job, timeout=180)
+    assert alive == []
     mlflow = client(home)
     (run,) = mlflow.search_runs([mlflow.get_experiment_by_name("ddpm").experiment_id])
     assert run.info.status == "RUNNING"
