@@ -1,6 +1,7 @@
 """Trains a DDPM on Ray, or continues a run by its name: ``python jobs/train.py --help``."""
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from pipeline import cli
@@ -32,18 +33,14 @@ def main(argv: list[str]) -> tuple[dict[str, Any], str]:
 
         facts = dry_run(arguments.config)
         return asdict(facts), facts.text()
+    from pipeline.evaluation.evaluator import evaluate_last
+    from pipeline.evaluation.quality import RoughDistance
     from pipeline.training.session import train_run
 
-    then = _evaluation(arguments) if arguments.evaluate else None
-    run = train_run(arguments.config, then=then, live=not arguments.json)
+    config = arguments.config
+    then = partial(evaluate_last, EvaluateConfig.after(config, arguments.protocol)) if arguments.evaluate else None
+    run = train_run(config, then=then, measure=RoughDistance.of(config), live=not arguments.json)
     return run.to_json(), run.text()
-
-
-def _evaluation(arguments: Arguments) -> Any:
-    from pipeline.evaluation.evaluator import evaluate_last
-
-    evaluation = EvaluateConfig.after(arguments.config, arguments.protocol)
-    return lambda name, tracker: evaluate_last(evaluation, name, tracker)
 
 
 if __name__ == "__main__":

@@ -322,6 +322,10 @@ class TrainConfig:
     """Resumable checkpoints kept in storage; published weights are kept in MLflow."""
     grid_images: int = 64
     """Images of the sample grid logged with every checkpoint."""
+    quality_images: int = 256
+    """Images of a rough Frechet distance measured for every checkpoint beside training, to see a trend; 0: none."""
+    quality_gpus: float = 0.0
+    """GPUs for that measurement and the grid, beside those of the workers; 0: idle CPU time."""
     audit_dir: str | None = None
     """Local folder where each worker notes which images, timesteps and noise every step used (JSON lines)."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -339,6 +343,13 @@ class TrainConfig:
             _check(getattr(self, flag) >= 1, "--" + flag.replace("_", "-"), getattr(self, flag), "at least 1")
         _check_name(self.name)
         _check_folder("--audit-dir", self.audit_dir)
+        _check(
+            self.quality_images == 0 or self.quality_images >= 2,
+            "--quality-images",
+            self.quality_images,
+            "0 or at least 2",
+        )
+        _check(self.quality_gpus >= 0, "--quality-gpus", self.quality_gpus, "at least 0")
         _check(
             self.cluster.max_workers <= self.data.num_streams,
             "--num-workers",

@@ -2,21 +2,32 @@
 
 import hashlib
 import logging
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Tensor
 
 from pipeline import storage
 from pipeline.data.manifest import Manifest
 from pipeline.errors import WorldError
-from pipeline.evaluation.actors import Workers
 from pipeline.evaluation.features import FeatureExtractor
 from pipeline.evaluation.statistics import FeatureStatistics
 
-__all__ = ["reference_statistics"]
+__all__ = ["ShardFeatures", "reference_statistics"]
 
 logger = logging.getLogger(__name__)
 
 
+class ShardFeatures(Protocol):
+    """What computes features of a data set: actors of an evaluation, or one process."""
+
+    def shards(self, location: str, manifest: Manifest) -> Iterator[Tensor]:
+        """Features of a data set's images, float32 [n, d], shard by shard."""
+        ...
+
+
 def reference_statistics(
-    location: str, manifest: Manifest, extractor: FeatureExtractor, workers: Workers
+    location: str, manifest: Manifest, extractor: FeatureExtractor, workers: ShardFeatures
 ) -> FeatureStatistics:
     """Statistics of all images of a data set.
 

@@ -4,18 +4,12 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
-from torch import nn
-
-__all__ = ["Background", "StoppedError", "stop_when"]
+__all__ = ["Background"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-class StoppedError(Exception):
-    """The work was stopped because the process ends."""
 
 
 class Background:
@@ -42,18 +36,3 @@ class Background:
     def _work(self) -> None:
         while True:
             self._calls.get()()
-
-
-def stop_when(network: nn.Module, event: threading.Event) -> None:
-    """Makes every layer of a network raise ``StoppedError`` once the event is set.
-
-    Python ends a daemon thread when it comes back from native code, and inside torch that aborts the process: sampling
-    has to stop by itself.
-    """
-
-    def check(_module: nn.Module, _inputs: Any) -> None:
-        if event.is_set():
-            raise StoppedError
-
-    for module in network.modules():
-        module.register_forward_pre_hook(check)

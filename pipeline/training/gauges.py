@@ -12,6 +12,7 @@ GAUGES = {
     "ddpm_images_per_second": "Images trained on, per second, all workers together.",
     "ddpm_data_wait_ratio": "Part of the time that rank 0 waited for images, 0..1.",
     "ddpm_bad_images": "Damaged images that were replaced since this driver started.",
+    "ddpm_distance": "Last rough Frechet distance of a published checkpoint.",
 }
 """Name and meaning of each gauge. Ray exports them as ``ray_NAME`` with the label ``run``."""
 
@@ -43,6 +44,10 @@ class Gauges:
             self._gauges[name].set(record[key])
         self._bad_images += record.get("data/bad_images", 0.0)
         self._gauges["ddpm_bad_images"].set(self._bad_images)
+
+    def show_distance(self, value: float) -> None:
+        """Sets the distance."""
+        self._gauges["ddpm_distance"].set(value)
 
     def close(self) -> None:
         """The last values stay until the driver ends."""

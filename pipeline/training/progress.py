@@ -34,6 +34,10 @@ class Progress(Protocol):
         """Shows the metrics of one logging window."""
         ...
 
+    def show_distance(self, value: float) -> None:
+        """Shows the last distance beside the metrics that follow."""
+        ...
+
     def close(self) -> None:
         """Ends the display; nothing is shown afterwards."""
         ...
@@ -49,19 +53,22 @@ def open_progress(steps: int, *, live: bool) -> Progress:
     return Bar(steps) if live and sys.stderr.isatty() else Lines(steps)
 
 
-def facts(record: Record, steps: int, *, step_seconds: float) -> list[str]:
+def facts(record: Record, steps: int, *, step_seconds: float, distance: float | None) -> list[str]:
     """What a record says, in a few short pieces, the most important first.
 
     Args:
         record: Metrics of a window; ``perf/memory_bytes`` may be missing.
         steps: Optimizer steps of the whole run.
         step_seconds: Duration of a step, from which the remaining time follows.
+        distance: The last one measured, if any.
     """
     pieces = [
         f"{duration((steps - record['step']) * step_seconds)} left" if record["step"] < steps else "done",
         f"loss {record['train/loss']:.4f}",
         f"{record['perf/images_per_second']:,.0f} images/s",
     ]
+    if distance is not None:
+        pieces.append(f"distance {distance:.1f}")
     pieces.append(f"wait {100 * record['perf/data_wait_ratio']:.0f} %")
     if (memory := record.get("perf/memory_bytes")) is not None:
         pieces.append(_size(memory))
@@ -79,9 +86,9 @@ def fit_into(width: int, pieces: Sequence[str]) -> str:
     return text
 
 
-def line(record: Record, steps: int, *, step_seconds: float) -> str:
+def line(record: Record, steps: int, *, step_seconds: float, distance: float | None) -> str:
     """A record as one line of a log."""
-    pieces = facts(record, steps, step_seconds=step_seconds)
+    pieces = facts(record, steps, step_seconds=step_seconds, distance=distance)
     return _BETWEEN.join([f"step {record['step']:,}/{steps:,}", *pieces])
 
 
@@ -110,6 +117,11 @@ class Several:
         for display in self._displays:
             display.show(record)
 
+    def show_distance(self, value: float) -> None:
+        """Shows the distance on each of them."""
+        for display in self._displays:
+            display.show_distance(value)
+
     def close(self) -> None:
         """Ends each of them."""
         for display in self._displays:
@@ -136,6 +148,7 @@ class Lines:
         self._steps = steps
         self._pace = _Pace()
         self._next_line = time.monotonic()
+        self._distance: float | None = None
 
     def show(self, record: Record) -> None:
         """Logs the record if a line is due."""
@@ -143,7 +156,11 @@ class Lines:
         if time.monotonic() < self._next_line and record["step"] < self._steps:
             return
         self._next_line = time.monotonic() + _LINE_SECONDS
-        logger.info("%s", line(record, self._steps, step_seconds=step_seconds))
+        logger.info("%s", line(record, self._steps, step_seconds=step_seconds, distance=self._distance))
+
+    def show_distance(self, value: float) -> None:
+        """Shown by the next line."""
+        self._distance = value
 
     def close(self) -> None:
         """Nothing to end."""
@@ -155,6 +172,7 @@ class Bar:
     def __init__(self, steps: int) -> None:
         self._steps = steps
         self._pace = _Pace()
+        self._distance: float | None = None
         self._record: Record | None = None
         self._step_seconds = 0.0
         self._cleanup = contextlib.ExitStack()
@@ -178,6 +196,11 @@ class Bar:
         self._bar.n = int(record["step"])
         self._draw()
 
+    def show_distance(self, value: float) -> None:
+        """Redraws the bar."""
+        self._distance = value
+        self._draw()
+
     def close(self) -> None:
         """Leaves the bar as it is, a line of the terminal's history."""
         self._cleanup.close()
@@ -185,7 +208,7 @@ class Bar:
     def _draw(self) -> None:
         if self._record is None:
             return
-        pieces = facts(self._record, self._steps, step_seconds=self._step_seconds)
+        pieces = facts(self._record, self._steps, step_seconds=self._step_seconds, distance=self._distance)
         around = len(f"{self._steps:,}/{self._steps:,} || ") + _SHORTEST_BAR
         room = os.get_terminal_size(sys.stderr.fileno()).columns - 1 - around
         self._bar.set_description_str(fit_into(room, pieces))

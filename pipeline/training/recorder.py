@@ -7,10 +7,9 @@ sent when it is back, by this driver or by the next one of the run.
 
 import logging
 import shutil
-import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,18 +17,15 @@ from typing import TYPE_CHECKING, Any, cast
 import ray
 from ray.train import Checkpoint, UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from torch import Tensor
 
 from pipeline import storage
 from pipeline.config import TrainConfig
 from pipeline.errors import WorldError, first_line
-from pipeline.generation import generate_chunk
-from pipeline.images import encode_png, image_grid
-from pipeline.model_folder import EMA_FILE, build_schedule, build_unet, load_tensors, read_meta
 from pipeline.tracking import TIMESTAMP, TakenOverError, TrackedRun
-from pipeline.training.background import Background, stop_when
+from pipeline.training.background import Background
 from pipeline.training.checkpoint import save_published
 from pipeline.training.progress import Lines, Progress
+from pipeline.training.quality import Quality
 from pipeline.training.spool import CHECKPOINTS, Leftovers, Spool, spool_folder
 from pipeline.training.worker import Record
 
@@ -126,8 +122,8 @@ class Recorder:
         config: TrainConfig,
         mailbox: "ActorHandle[Mailbox]",
         *,
-        grid_folder: str,
         tags: Mapping[str, str],
+        quality: Quality | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Looks up what an earlier driver of this run has already sent.
@@ -136,15 +132,15 @@ class Recorder:
             run: The MLflow run, owned by this process.
             config: The run's config.
             mailbox: Where workers and controller put messages.
-            grid_folder: Where sample sheets are written as PNG files.
             tags: Tags of every published checkpoint.
+            quality: Measures published checkpoints; nobody does when left out.
             progress: Shows records; plain lines when left out.
         """
         self._run = run
         self._config = config
         self._mailbox = mailbox
-        self._grid_folder = grid_folder
         self._tags = tags
+        self._quality = quality
         self._unsorted: list[Record] = []
         self._unsent: list[Record] = []
         self._unpublished: list[_Publication] = []
@@ -156,15 +152,13 @@ class Recorder:
         self._leftovers = Leftovers(self._spool)
         # Ray Train keeps few checkpoints: what is published is copied as soon as it is committed, whatever MLflow does.
         self._copier = Background("copy")
-        # Sampling a sheet takes seconds to minutes; signs of life must not wait for it.
+        # An upload takes seconds to minutes; signs of life must not wait for it.
         self._publisher = Background("publish")
-        self._stopping = threading.Event()
         self._publishing: Future[bool] | None = None
         self._next_try = 0.0
         self._progress = progress or Lines(config.steps)
         self.last_record: Record = {}
         self.saved_step: int | None = None
-        self.last_grid: str | None = None
 
     def turn(self) -> None:
         """Takes what has come and sends what can be sent; never raises because MLflow is away.
@@ -190,11 +184,10 @@ class Recorder:
             TakenOverError: Another driver owns the run.
             WorldError: MLflow stayed away; says what is missing there and where it is kept.
         """
-        try:
+        self._send_rest(give_up=time.monotonic() + _PATIENCE_SECONDS)
+        if self._quality is not None:
+            self._unsorted += self._quality.finish()
             self._send_rest(give_up=time.monotonic() + _PATIENCE_SECONDS)
-        except KeyboardInterrupt:
-            self._stop()
-            raise
         self._leftovers.remove()
 
     def _send_rest(self, give_up: float) -> None:
@@ -216,14 +209,9 @@ class Recorder:
                     ) from error
                 time.sleep(_POLL_SECONDS)
 
-    def _stop(self) -> None:
-        """Does not let the process end while torch samples: that would abort it."""
-        self._stopping.set()
-        if self._publishing is not None:
-            wait([self._publishing], timeout=_STOP_SECONDS)
-
     def save_what_there_is(self) -> None:
         """After a failure: sends records and publishes committed checkpoints, as far as MLflow takes them."""
+        self._stop_measuring()
         try:
             self.finish()
         except TakenOverError:
@@ -233,17 +221,20 @@ class Recorder:
 
     def save_records(self) -> None:
         """After an interrupt, when only seconds are left: sends the records. Checkpoints are published on resume."""
-        self._stopping.set()
+        self._stop_measuring()
         try:
             self._fetch()
             self._sort()
             self._run.log_metrics(self._unsent)
         except Exception as error:  # The interrupt is what ends the run, not this.
             logger.warning("metric records are kept in %s, to be sent on resume: %s", self._spool, first_line(error))
-        self._stop()
+
+    def _stop_measuring(self) -> None:
+        if self._quality is not None:
+            self._quality.stop()
 
     def publish(self, committed: Committed) -> None:
-        """Queues a committed checkpoint that is not published yet."""
+        """Queues a committed checkpoint that is not published yet, or not measured though it is the last."""
         step = committed.step
         if self._is_unknown(step):
             copy = self._copier.submit(_copy, committed, self._spool / CHECKPOINTS / str(step))
@@ -251,12 +242,16 @@ class Recorder:
 
     def _queue(self, step: int, copy: "Future[Path]") -> None:
         if self._is_unknown(step):
-            self._unpublished.append(_Publication(step=step, copy=copy))
+            self._unpublished.append(_Publication(step=step, copy=copy, is_published=step in self._published))
 
     def _is_unknown(self, step: int) -> bool:
-        return step not in self._published and all(step != other.step for other in self._unpublished)
+        if any(step == other.step for other in self._unpublished):
+            return False
+        return step not in self._published or (self._quality is not None and self._quality.lacks(step))
 
     def _fetch(self) -> None:
+        if self._quality is not None:
+            self._unsorted += self._quality.turn()
         # Ray's stubs lose the type of an actor method's result.
         for item in cast(Any, ray).get(cast(Any, self._mailbox).take_all.remote()):
             if isinstance(item, Committed):
@@ -287,8 +282,9 @@ class Recorder:
             return
         steps.add(int(record["step"]))
         self._unsent.append({TIMESTAMP: time.time() * 1000, **record})
-        self.last_record = record
-        self._progress.show(record)
+        if "train/loss" in record:
+            self.last_record = record
+            self._progress.show(record)
 
     def _send(self) -> None:
         self._run.heartbeat()
@@ -322,38 +318,10 @@ class Recorder:
         if not publication.is_published:
             self._run.publish(folder, publication.step, self._tags)
             publication.is_published = True
-        if not publication.has_sheet:
-            self._log_grid(folder, publication.step)
-            publication.has_sheet = True
+        if self._quality is not None:
+            self._quality.offer(publication.step, folder)
         shutil.rmtree(folder, ignore_errors=True)
         return True
-
-    def _log_grid(self, model_folder: Path, step: int) -> None:
-        try:
-            sheet = self._sample(model_folder)
-            self.last_grid = storage.join(self._grid_folder, f"step-{step:08d}.png")
-            storage.write_bytes(self.last_grid, encode_png(sheet))
-        except (RuntimeError, OSError) as error:  # broken weights, too little memory, storage that is full or away
-            logger.warning("the checkpoint of step %d gets no sample sheet: %s", step, first_line(error))
-            return
-        self._run.log_grid(sheet.permute(1, 2, 0).numpy(), step)
-
-    def _sample(self, model_folder: Path) -> Tensor:
-        """Returns a sheet of samples, uint8 [C, H, W]."""
-        meta = read_meta(model_folder)
-        unet = build_unet(meta.config.model).eval()
-        unet.load_state_dict(load_tensors(model_folder, EMA_FILE, meta))
-        stop_when(unet, self._stopping)
-        model = meta.config.model
-        images = generate_chunk(
-            unet,
-            build_schedule(meta.config.diffusion),
-            meta.config.sampling,
-            trained=meta.config,
-            shape=(self._config.grid_images, model.image_channels, model.image_size, model.image_size),
-            chunk=0,
-        )
-        return image_grid(images)
 
 
 def _key(record: Record) -> str:
@@ -368,7 +336,6 @@ class _Publication:
     step: int
     copy: "Future[Path]"
     tried: bool = False
-    has_sheet: bool = False
     is_published: bool = False
 
 

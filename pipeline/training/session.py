@@ -10,6 +10,7 @@ from pipeline import cluster
 from pipeline.config import TrainConfig
 from pipeline.errors import Interrupted
 from pipeline.tracking import Tracker
+from pipeline.training.quality_task import Measure
 from pipeline.training.task import TrainingTask, check_model, plan
 from pipeline.training.trainer import TrainResult, fit, new_name
 
@@ -54,7 +55,7 @@ class Outcome:
             "step": self.train.step,
             "loss": self.train.loss,
             "images_per_second": self.train.images_per_second,
-            "metrics": {distance.metric: distance.value} if distance else {},
+            "metrics": dict(self.train.quality) | ({distance.metric: distance.value} if distance else {}),
             "grid": self.train.grid,
             "mlflow": self.train.ui,
             "seconds": round(self.seconds, 1),
@@ -68,6 +69,7 @@ class Outcome:
             rows.append(("loss", f"{train.loss:.4f}"))
         if train.images_per_second is not None:
             rows.append(("speed", f"{train.images_per_second:,.0f} images/s"))
+        rows += [(metric.removeprefix("quality/"), f"{value:.1f}  (rough)") for metric, value in train.quality.items()]
         if distance is not None:
             rows.append((distance.metric, f"{distance.value:.3f}  ({distance.num_images:,} images, EMA weights)"))
         if train.grid is not None:
@@ -79,13 +81,18 @@ class Outcome:
 
 
 def train_run(
-    config: TrainConfig, *, then: Callable[[str, Tracker], Distance | None] | None = None, live: bool = False
+    config: TrainConfig,
+    *,
+    then: Callable[[str, Tracker], Distance | None] | None = None,
+    measure: Measure | None = None,
+    live: bool = False,
 ) -> Outcome:
     """Trains, or continues, a run; starts Ray if no cluster is given.
 
     Args:
         config: The run's knobs.
         then: Called with the run's name once it is finished, in the same Ray session.
+        measure: The distance that published checkpoints get beside training.
         live: Whether progress may be drawn as a bar, if stderr is a terminal.
 
     Raises:
@@ -102,7 +109,7 @@ def train_run(
     for label, text in _facts(task, parameters):
         logger.info("%-8s  %s", label, text)
     with cluster.connect(num_cpus=workers.max_workers * workers.cpus_per_worker):
-        result = fit(config, tracker, live=live)
+        result = fit(config, tracker, live=live, measure=measure)
         try:
             distance = then(result.name, tracker) if then else None
         except KeyboardInterrupt:

@@ -44,6 +44,8 @@ _MAY_CHANGE = {
     "max_failures",
     "resize_seconds",
     "worker_timeout_seconds",
+    "quality_images",
+    "quality_gpus",
     "micro_batch_size",
     "compile",
     "data",  # compared by digest, so that a data set may move

@@ -39,6 +39,8 @@ from pipeline.training.gauges import Gauges
 from pipeline.training.loop import train
 from pipeline.training.network import NodeAddressTorchConfig
 from pipeline.training.progress import Several, open_progress
+from pipeline.training.quality import Quality
+from pipeline.training.quality_task import Measure
 from pipeline.training.recorder import Committed, Mailbox, Recorder, TellCommits, open_mailbox
 from pipeline.training.task import TrainingTask, differences, plan
 from pipeline.training.worker import HopelessError, Record, Worker, Write
@@ -70,6 +72,8 @@ class TrainResult:
     images_per_second: float | None
     grid: str | None
     """Location of the last sample sheet, a PNG."""
+    quality: Mapping[str, float]
+    """The last distance measured beside training, by metric; empty without one."""
     ui: list[str]
     """What to type to see the run in MLflow."""
 
@@ -88,6 +92,7 @@ def fit(
     parent_run_id: str | None = None,
     tags: Mapping[str, str] | None = None,
     live: bool = False,
+    measure: Measure | None = None,
 ) -> TrainResult:
     """Trains, or continues, the run called ``config.name`` on the Ray cluster this process has joined.
 
@@ -97,6 +102,7 @@ def fit(
         parent_run_id: The sweep's run, for a trial.
         tags: Further tags of the MLflow run.
         live: Whether progress may be drawn as a bar, if stderr is a terminal.
+        measure: Measured for published checkpoints beside training; without it they get a sample sheet only.
 
     Raises:
         UserError: Config, data set or name is refused; nothing was started.
@@ -112,12 +118,14 @@ def fit(
         logger.info("%-8s  %s", label, text)
     with _truthful_status(run), closing(Several(open_progress(config.steps, live=live), Gauges(run.name))) as progress:
         mailbox = open_mailbox(run)
+        folder = storage.join(_runs_root(), run.name, "samples")
+        quality = Quality(task, run, folder=folder, measure=measure, on_distance=progress.show_distance)
         recorder = Recorder(
             run,
             config,
             mailbox,
-            grid_folder=storage.join(_runs_root(), run.name, "samples"),
             tags={"data.digest": task.manifest.digest, "data.location": task.location, "weights": "ema"},
+            quality=quality,
             progress=progress,
         )
         try:
@@ -131,7 +139,11 @@ def fit(
         except KeyboardInterrupt:
             recorder.save_records()
             raise Interrupted(run.name, recorder.saved_step) from None
-        recorder.finish()
+        try:
+            recorder.finish()
+        except KeyboardInterrupt:
+            quality.stop()
+            raise Interrupted(run.name, recorder.saved_step) from None
     record = recorder.last_record
     return TrainResult(
         name=run.name,
@@ -140,7 +152,8 @@ def fit(
         step=step,
         loss=record.get("train/loss"),
         images_per_second=record.get("perf/images_per_second"),
-        grid=recorder.last_grid,
+        grid=quality.last_grid,
+        quality=quality.distances,
         ui=tracker.ui_command(run.run_id, run.experiment_id),
     )
 

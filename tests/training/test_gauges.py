@@ -28,6 +28,7 @@ def test_the_values_of_a_run_appear_on_the_metrics_port_of_a_cluster_without_das
         record = {"step": 50, "train/loss": 0.25, "perf/images_per_second": 1400.0, "perf/data_wait_ratio": 0.125}
         gauges.show(record | {"data/bad_images": 2})
         gauges.show(record | {"step": 75, "data/bad_images": 1})
+        gauges.show_distance(96.5)
         node = ray.nodes()[0]
         address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
         deadline = time.monotonic() + 60
@@ -40,5 +41,6 @@ def test_the_values_of_a_run_appear_on_the_metrics_port_of_a_cluster_without_das
         "ray_ddpm_images_per_second": 1400,
         "ray_ddpm_data_wait_ratio": 0.125,
         "ray_ddpm_bad_images": 3,
+        "ray_ddpm_distance": 96.5,
     }
     assert capfd.readouterr().err == ""

