@@ -322,7 +322,7 @@ class TrainConfig:
     """Resumable checkpoints kept in storage; published weights are kept in MLflow."""
     grid_images: int = 64
     """Images of the sample grid logged with every checkpoint."""
-    quality_images: int = 256
+    quality_images: int = 128
     """Images of a rough Frechet distance measured for every checkpoint beside training, to see a trend; 0: none."""
     quality_gpus: float = 0.0
     """GPUs for that measurement and the grid, beside those of the workers; 0: idle CPU time."""

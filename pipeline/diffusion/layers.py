@@ -6,7 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["Attention", "Block", "Downsample", "Level", "ResBlock", "TimeEmbedding", "Upsample", "group_norm"]
+__all__ = [
+    "Attention",
+    "Block",
+    "Downsample",
+    "Dropout",
+    "Level",
+    "ResBlock",
+    "TimeEmbedding",
+    "Upsample",
+    "group_norm",
+]
 
 
 class Level(nn.Module):
@@ -63,7 +73,7 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.time_proj = nn.Linear(temb, out_channels)
         self.norm2 = group_norm(out_channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
@@ -72,6 +82,29 @@ class ResBlock(nn.Module):
         h = self.conv2(self.dropout(functional.silu(self.norm2(h))))
         y: Tensor = self.shortcut(x) + h
         return y
+
+
+class Dropout(nn.Module):
+    """Zeroes elements with probability p and scales the others by 1 / (1 - p), as torch's, with a cheaper mask on CPUs.
+
+    torch draws 32 bits and a float for each element there, in one thread, which costs more than the rest of the layer.
+    16 bits decide here, four elements from one draw, so that p is a multiple of 2^-16.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return functional.dropout(x, self.p, self.training)
+        dropped = min(round(self.p * 2**16), 2**16 - 1)
+        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        keep = draws[: x.numel()] >= dropped - 2**15
+        mask = torch.empty_like(x)
+        # In the order of the memory, whatever the memory format: no element is moved.
+        torch.as_strided(mask, keep.shape, (1,)).copy_(keep)
+        return x * mask.mul_(2**16 / (2**16 - dropped))
 
 
 class Attention(nn.Module):

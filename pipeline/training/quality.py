@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 10.0
 _PATIENCE_SECONDS = 120.0
+# How long a finished run waits for its last measurement. A large network on a CPU would take longer: its distance is
+# then left to an evaluation.
+_LAST_SECONDS = 300.0
 _POLL_SECONDS = 0.1
 
 
@@ -167,10 +170,16 @@ class Quality:
         if (self._waiting or self._running) and self._lacks_gpus():
             self.stop()
         if self._waiting or self._running:
-            logger.info("measuring the last checkpoint")
-        while self._waiting or self._running:
+            logger.info(
+                "measuring the last checkpoint, at most %.0f s; --quality-images 0 measures none", _LAST_SECONDS
+            )
+        give_up = time.monotonic() + _LAST_SECONDS
+        while (self._waiting or self._running) and time.monotonic() < give_up:
             records += self.turn()
             time.sleep(_POLL_SECONDS)
+        if self._waiting or self._running:
+            logger.warning("the last checkpoint was not measured in time: python jobs/evaluate.py measures it")
+            self.stop()
         give_up = time.monotonic() + _PATIENCE_SECONDS
         while self._unlogged and time.monotonic() < give_up:
             records += self.turn()

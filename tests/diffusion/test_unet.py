@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.diffusion.layers import Attention, Downsample, ResBlock, TimeEmbedding
+from pipeline.diffusion.layers import Attention, Downsample, Dropout, ResBlock, TimeEmbedding
 from pipeline.diffusion.unet import UNet, num_parameters
 from pipeline.errors import UserError
 
@@ -223,6 +223,40 @@ def test_images_of_a_batch_do_not_see_each_other_and_each_has_its_t() -> None:
     x, t = batch()
     torch.testing.assert_close(model(x, t)[1:], model(x[1:], t[1:]), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(model(x, t.flip(0)), model(x, t), atol=1e-3)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_as_often_as_asked_and_keeps_the_mean(
+    memory_format: torch.memory_format, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    x = torch.ones(7, 33, 17, 29, dtype=dtype).to(memory_format=memory_format).requires_grad_()
+    y = Dropout(0.1)(x)
+    y.sum().backward()
+    dropped = y == 0
+    # 113,883 draws: the standard deviation of the part is 9e-4.
+    assert dropped.double().mean().item() == pytest.approx(0.1, abs=4e-3)
+    assert y.unique().tolist() == pytest.approx([0.0, torch.tensor(1 / 0.9, dtype=dtype).item()], rel=1e-5)
+    assert x.grad is not None
+    assert torch.equal(x.grad, y)
+    assert y.stride() == x.stride()
+    # Neighbours come from one draw and are independent all the same.
+    flat = dropped.permute(0, 2, 3, 1).flatten() if memory_format == torch.channels_last else dropped.flatten()
+    for distance in (1, 2, 3, 4):
+        both = (flat[distance:] & flat[:-distance]).double().mean().item()
+        assert both == pytest.approx(0.01, abs=1.5e-3)
+
+
+def test_dropout_is_a_function_of_the_seed() -> None:
+    x = torch.ones(2, 3, 5, 7)
+    torch.manual_seed(1)
+    first, second = Dropout(0.5)(x), Dropout(0.5)(x)
+    torch.manual_seed(1)
+    assert torch.equal(Dropout(0.5)(x), first)
+    assert not torch.equal(first, second)
+    assert torch.equal(Dropout(0.0)(x), x)
+    assert bool((Dropout(0.9999999)(x) >= 0).all())
 
 
 def test_dropout_acts_in_training_only() -> None:
