@@ -33,6 +33,11 @@ class Node:
 
     process: "subprocess.Popen[bytes]"
 
+    def ray_id(self) -> str:
+        """Ray's id of the node, from the command line of its raylet."""
+        words = [word for process in tree(self.process.pid) for word in process.cmdline()]
+        return next(word.partition("=")[2] for word in words if word.startswith("--node_id="))
+
     def kill(self) -> None:
         """Ends all of it at once, as a power cut does."""
         kill_tree(self.process.pid)
@@ -65,6 +70,13 @@ class Cluster:
         if head:
             _wait_for_port(self.port, process)
         return node
+
+    def announce_end(self, node: Node, *, seconds: int) -> None:
+        """Tells Ray, as a cloud's notice does, that a node will be taken away."""
+        command = [*RAY, "drain-node", "--address", f"127.0.0.1:{self.port}", "--node-id", node.ray_id()]
+        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test"]
+        command += ["--deadline-remaining-seconds", str(seconds)]
+        subprocess.run(command, env={**os.environ, **self.environment}, check=True, capture_output=True, timeout=60)
 
     def workers(self) -> list[psutil.Process]:
         """The processes in which Ray Train's workers run, of all nodes."""

@@ -16,7 +16,7 @@ from pipeline.errors import WorldError
 from pipeline.model_folder import META_FILE
 from pipeline.training.checkpoint import checkpoint_name
 
-__all__ = ["SNAPSHOT", "committed_checkpoints", "damage", "drop_damaged"]
+__all__ = ["SNAPSHOT", "committed_checkpoints", "damage", "drop_damaged", "runs_root"]
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,11 @@ SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Where Ray Train notes which checkpoints are committed."""
 
 _NAMES_IN_SNAPSHOT = ("validated", "timed_out_validation", "failed_validation")
+
+
+def runs_root() -> str:
+    """Where the folders of all runs lie."""
+    return storage.join(storage.home(), "runs")
 
 
 def drop_damaged(folder: str, *, patience_seconds: float = 0.0) -> bool:

@@ -82,8 +82,9 @@ def train(task: TrainingTask, worker: Worker, resume_from: Path | None = None) -
             meter.add(step, loss, grad_norm, len(batch.bad))
 
             done = step + 1
-            checkpoint_due = is_due(done, config.checkpoint_every, config.steps)
-            if checkpoint_due or is_due(done, config.log_every, config.steps):
+            log_due = is_due(done, config.log_every, config.steps)
+            checkpoint_due = is_due(done, config.checkpoint_every, config.steps) or (log_due and worker.must_save())
+            if checkpoint_due or log_due:
                 record = meter.summary(done, lr, loader.wait_seconds)
                 if worker.rank == 0:
                     worker.log(record)

@@ -7,43 +7,35 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import ray
 import ray.train
-import ray.train.torch
-import torch
-from ray.train import Checkpoint, CheckpointUploadMode, TrainingFailedError
+from ray.train import Checkpoint, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
 # ray.train exports these under the same names, but a type checker sees the first version's there.
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.result import Result
-from torch import nn
 
 from pipeline import cluster, storage
-from pipeline.config import TrainConfig, to_flat
-from pipeline.data.faults import DataError, TooMuchDamageError
+from pipeline.config import TrainConfig
 from pipeline.errors import Interrupted, UserError, WorldError, first_line
-from pipeline.provenance import code_record
-from pipeline.tracking import Checkpoint as PublishedCheckpoint
-from pipeline.tracking import DataSetInput, TakenOverError, TrackedRun, Tracker
-from pipeline.training.checkpoint import checkpoint_name
-from pipeline.training.committed import SNAPSHOT, committed_checkpoints, damage, drop_damaged
+from pipeline.tracking import TakenOverError, TrackedRun, Tracker
+from pipeline.training.committed import committed_checkpoints, drop_damaged, runs_root
 from pipeline.training.gauges import Gauges
-from pipeline.training.loop import train
+from pipeline.training.identity import open_run
 from pipeline.training.network import NodeAddressTorchConfig
 from pipeline.training.progress import Several, open_progress
 from pipeline.training.quality import Quality
 from pipeline.training.quality_task import Measure
+from pipeline.training.ray_worker import run_worker
 from pipeline.training.recorder import Committed, Mailbox, Recorder, TellCommits, open_mailbox
-from pipeline.training.task import TrainingTask, differences, plan
-from pipeline.training.worker import HopelessError, Record, Worker, Write
+from pipeline.training.task import TrainingTask, plan
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -53,11 +45,6 @@ __all__ = ["TrainResult", "fit", "new_name"]
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
-_POST_SECONDS = 60.0
-
-
-class _DamagedError(WorldError):
-    """The checkpoint to go on from is not whole; the driver can choose another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +100,12 @@ def fit(
     task = plan(config)
     workers = config.cluster
     cluster.require(num_workers=workers.min_workers, cpus_per_worker=workers.cpus_per_worker, use_gpu=workers.use_gpu)
-    run = _open_run(task, tracker, parent_run_id, tags or {})
+    run = open_run(task, tracker, parent_run_id, tags or {})
     for label, text in zip(("MLflow", ""), tracker.ui_command(run.run_id, run.experiment_id), strict=False):
         logger.info("%-8s  %s", label, text)
     with _truthful_status(run), closing(Several(open_progress(config.steps, live=live), Gauges(run.name))) as progress:
         mailbox = open_mailbox(run)
-        folder = storage.join(_runs_root(), run.name, "samples")
+        folder = storage.join(runs_root(), run.name, "samples")
         quality = Quality(task, run, folder=folder, measure=measure, on_distance=progress.show_distance)
         recorder = Recorder(
             run,
@@ -160,7 +147,7 @@ def fit(
 
 def _train(task: TrainingTask, name: str, mailbox: "ActorHandle[Mailbox]", recorder: Recorder) -> Result:
     """Runs the Ray Train job, again for each checkpoint that turns out to be damaged: there are fewer each time."""
-    folder, patience = storage.join(_runs_root(), name), task.config.data.storage_patience_seconds
+    folder, patience = storage.join(runs_root(), name), task.config.data.storage_patience_seconds
     drop_damaged(folder, patience_seconds=patience)
     for step, location in committed_checkpoints(folder).items():
         recorder.publish(Committed(step, Checkpoint(location)))  # an earlier driver may have died before it was
@@ -181,13 +168,13 @@ def _trainer(task: TrainingTask, name: str, mailbox: "ActorHandle[Mailbox]") -> 
         elastic=elastic,
     )
     return TorchTrainer(
-        _worker,  # type: ignore[arg-type]  # its return value comes back as result.return_value
+        run_worker,  # type: ignore[arg-type]  # its return value comes back as result.return_value
         train_loop_config={"task": task.to_json(), "mailbox": mailbox},
         torch_config=NodeAddressTorchConfig(timeout_s=_process_group_timeout(config)),
         scaling_config=_scaling(config),
         run_config=RunConfig(  # type: ignore[arg-type]
             name=name,
-            storage_path=_runs_root(),
+            storage_path=runs_root(),
             checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
             failure_config=FailureConfig(
                 max_failures=workers.max_failures,
@@ -199,88 +186,6 @@ def _trainer(task: TrainingTask, name: str, mailbox: "ActorHandle[Mailbox]") -> 
             callbacks=[TellCommits(mailbox)],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
-    )
-
-
-def _worker(inputs: dict[str, Any]) -> int | str:
-    """Runs in each Ray Train worker; returns the step reached, or why training cannot go on."""
-    context = ray.train.get_context()
-    mailbox = inputs["mailbox"]
-    device = ray.train.torch.get_device()
-    assert isinstance(device, torch.device)
-
-    def wrap(model: nn.Module) -> nn.Module:
-        return ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
-
-    on_their_way: list[Any] = []
-
-    def log(record: Record) -> None:
-        on_their_way.append(mailbox.put.remote(record))
-
-    def commit(step: int, write: Write | None) -> None:
-        # Steps before a checkpoint are not done again: their records have to be on the driver's disk first.
-        if on_their_way:
-            ray.wait(on_their_way, num_returns=len(on_their_way), timeout=_POST_SECONDS)
-            on_their_way.clear()
-        _report(step, write, storage.join(_runs_root(), str(task.config.name)), mailbox)
-
-    task = TrainingTask.from_json(inputs["task"])
-    worker = Worker(
-        rank=context.get_world_rank(),
-        num_workers=context.get_world_size(),
-        device=device,
-        wrap=wrap,
-        log=log,
-        commit=commit,
-    )
-    checkpoint = ray.train.get_checkpoint()
-    verdict = cast(Any, ray).get(mailbox.verdict.remote())
-    if verdict is not None:
-        return str(verdict)
-    try:
-        if checkpoint is None:
-            return train(task, worker)
-        with checkpoint.as_directory() as folder:
-            if reason := damage(folder):
-                raise _DamagedError(reason)
-            return train(task, worker, Path(folder))
-    except HopelessError as error:
-        # Not raised: Ray Train would start again from the last checkpoint, and it would end in the same way.
-        return str(error)
-    except (DataError, TooMuchDamageError, _DamagedError) as error:
-        # Only this rank knows, and the others wait for it: they are ended by raising. When Ray Train starts all of them
-        # again, they find the verdict.
-        cast(Any, ray).get(mailbox.give_up.remote(str(error)))
-        raise
-
-
-def _report(step: int, write: Write | None, run_folder: str, mailbox: Any) -> None:
-    """Reports a checkpoint that Ray Train's upload thread writes while training goes on.
-
-    Written through ``storage``, which waits while S3 is away; Ray Train itself gives up after three attempts. Ray
-    commits the checkpoint once the function has returned.
-    """
-    name = checkpoint_name(step)
-    context = ray.train.get_context().get_storage()
-    destination = Checkpoint(context.build_checkpoint_path_from_name(name), context.storage_filesystem)
-
-    def upload(checkpoint: Checkpoint, _name: str) -> Checkpoint:
-        assert write is not None
-        try:
-            write(storage.join(run_folder, name))
-        except WorldError as error:
-            # A full disk is full at the next try as well.
-            cast(Any, ray).get(mailbox.give_up.remote(f"the checkpoint of step {step} cannot be saved: {error}"))
-            raise
-        return checkpoint
-
-    ray.train.report(
-        {"step": step},
-        checkpoint=destination if write else None,
-        checkpoint_dir_name=name,
-        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        checkpoint_upload_fn=upload,
-        delete_local_checkpoint_after_upload=False,  # "local" is the destination itself
     )
 
 
@@ -305,64 +210,6 @@ def _scaling(config: TrainConfig) -> ScalingConfig:
         resources_per_worker=resources,
         elastic_resize_monitor_interval_s=workers.resize_seconds,
     )
-
-
-def _open_run(task: TrainingTask, tracker: Tracker, parent_run_id: str | None, tags: Mapping[str, str]) -> TrackedRun:
-    config, manifest = task.config, task.manifest
-    assert config.name is not None
-    existing = tracker.find_run(config.name)
-    if existing is not None:
-        _refuse_another_run(task, existing.data.params, existing.data.tags)
-        _refuse_lost_checkpoints(
-            config.name, tracker.checkpoints(existing.info.experiment_id, run_id=existing.info.run_id)
-        )
-    code = code_record()
-    commit = {"mlflow.source.git.commit": code["git_commit"]} if "git_commit" in code else {}
-    return tracker.start_run(
-        config.name,
-        experiment=config.experiment,
-        params=to_flat(config),
-        tags={
-            **commit,
-            **{f"code.{key}": value for key, value in code.items()},
-            "data.digest": manifest.digest,
-            **tags,
-        },
-        data_set=DataSetInput(
-            name=config.data.data.rstrip("/").rpartition("/")[2],
-            location=task.location,
-            digest=manifest.digest,
-            profile={"num_images": manifest.num_images, "num_shards": len(manifest.shards)},
-        ),
-        parent_run_id=parent_run_id,
-    )
-
-
-def _refuse_another_run(task: TrainingTask, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
-    """A run is continued only as what it was; MLflow's params and tags say what it was."""
-    name = task.config.name
-    if changed := differences(task.config, params):
-        raise UserError(f"run {name!r} exists with another config: {'; '.join(changed)}; choose another --name")
-    digest = tags.get("data.digest", task.manifest.digest)
-    if digest != task.manifest.digest:
-        raise UserError(
-            f"run {name!r} was trained on a data set with digest {digest[:12]}, {task.location} has "
-            f"{task.manifest.digest[:12]}; give the old --data, or choose another --name"
-        )
-
-
-def _refuse_lost_checkpoints(name: str, published: Sequence[PublishedCheckpoint]) -> None:
-    """MLflow knows published checkpoints, storage has none to go on from: starting at 0 would mix two curves."""
-    folder = storage.join(_runs_root(), name)
-    if published and not storage.exists(storage.join(folder, SNAPSHOT)):
-        raise UserError(
-            f"MLflow has checkpoints of run {name!r} up to step {max(entry.step for entry in published)}, but {folder} "
-            "holds none to go on from; set DDPM_HOME to where they lie, or choose another --name"
-        )
-
-
-def _runs_root() -> str:
-    return storage.join(storage.home(), "runs")
 
 
 @contextlib.contextmanager

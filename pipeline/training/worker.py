@@ -35,3 +35,5 @@ class Worker:
     commit: Callable[[int, Write | None], None]
     """Takes (step, how to write the checkpoint); called on every rank, on rank 0 alone with the latter. Another thread
     may write."""
+    must_save: Callable[[], bool] = lambda: False
+    """Whether a checkpoint is wanted now, since a machine is about to be taken away; the same on every rank."""

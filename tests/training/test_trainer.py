@@ -13,26 +13,27 @@ from pipeline import cluster
 from pipeline.config import to_flat
 from pipeline.errors import UserError, WorldError
 from pipeline.tracking import Tracker
+from pipeline.training.identity import open_run
 from pipeline.training.task import differences
-from pipeline.training.trainer import _open_run, new_name
+from pipeline.training.trainer import new_name
 from pipeline.training.worker import HopelessError
 
 
 def test_a_run_is_not_continued_on_another_data_set(tmp_path: Path) -> None:
     task = with_knobs(small_task(tmp_path), name="run")
-    _open_run(task, Tracker(), None, {}).finish("FINISHED")
+    open_run(task, Tracker(), None, {}).finish("FINISHED")
     other = replace(task, manifest=replace(task.manifest, class_names=("changed",)))
     assert other.manifest.digest != task.manifest.digest
     with pytest.raises(UserError, match=r"was trained on a data set with digest"):
-        _open_run(other, Tracker(), None, {})
+        open_run(other, Tracker(), None, {})
 
 
 def test_a_run_is_not_continued_with_knobs_that_make_it_another_and_may_run_longer(tmp_path: Path) -> None:
     task = with_knobs(small_task(tmp_path), name="run")
-    _open_run(task, Tracker(), None, {}).finish("FINISHED")
+    open_run(task, Tracker(), None, {}).finish("FINISHED")
     with pytest.raises(UserError, match=r"schedule was linear, now cosine"):
-        _open_run(with_knobs(task, schedule="cosine"), Tracker(), None, {})
-    again = _open_run(with_knobs(task, steps=9, num_workers=2, log_every=1), Tracker(), None, {})
+        open_run(with_knobs(task, schedule="cosine"), Tracker(), None, {})
+    again = open_run(with_knobs(task, steps=9, num_workers=2, log_every=1), Tracker(), None, {})
     assert again.name == "run"
 
 
@@ -69,13 +70,13 @@ def test_gpus_that_a_joined_cluster_lacks_now_are_asked_for_so_that_it_grows(mon
 def test_a_run_whose_checkpoints_are_gone_is_refused_and_keeps_its_status(tmp_path: Path) -> None:
     task = with_knobs(small_task(tmp_path), name="run")
     tracker = Tracker()
-    run = _open_run(task, tracker, None, {})
+    run = open_run(task, tracker, None, {})
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "meta.json").write_text("{}")
     run.publish(tmp_path / "model", 4, {})
     run.finish("FINISHED")
     with pytest.raises(UserError, match=r"MLflow has checkpoints of run 'run' up to step 4, but .* holds none"):
-        _open_run(task, tracker, None, {})
+        open_run(task, tracker, None, {})
     assert tracker.client.get_run(run.run_id).info.status == "FINISHED"
 
 
