@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
-from ray.train import Checkpoint, UserCallback
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import storage
 from pipeline.config import TrainConfig
@@ -24,16 +22,16 @@ from pipeline.errors import WorldError, first_line
 from pipeline.tracking import TIMESTAMP, TakenOverError, TrackedRun
 from pipeline.training.background import Background
 from pipeline.training.checkpoint import save_published
+from pipeline.training.mailbox import Committed, Mailbox
 from pipeline.training.progress import Lines, Progress
 from pipeline.training.quality import Quality
-from pipeline.training.spool import CHECKPOINTS, Leftovers, Spool, spool_folder
+from pipeline.training.spool import CHECKPOINTS, Leftovers, spool_folder
 from pipeline.training.worker import Record
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
-    from ray.train.v2._internal.execution.context import TrainRunContext
 
-__all__ = ["Committed", "Mailbox", "Recorder", "TellCommits", "open_mailbox"]
+__all__ = ["Recorder"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,76 +39,6 @@ _RETRY_SECONDS = 10.0
 _POLL_SECONDS = 1.0
 _PATIENCE_SECONDS = 120.0
 _STOP_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Committed:
-    """A checkpoint that the controller has committed to storage."""
-
-    step: int
-    checkpoint: Checkpoint
-
-
-class Mailbox:
-    """A Ray actor on the driver's node: workers put, the driver takes."""
-
-    def __init__(self, spool: Path) -> None:
-        """Opens the spool; after a restart by Ray it holds what the driver may not have taken yet."""
-        self._spool = Spool(spool)
-        self._items: list[Record | Committed] = [*self._spool.records]
-        self._verdict: str | None = None
-
-    def give_up(self, reason: str) -> None:
-        """Notes why trying again from the last checkpoint is in vain; the first reason stays."""
-        self._verdict = self._verdict or reason
-
-    def try_again(self) -> None:
-        """Takes the verdict back: what it was about is mended."""
-        self._verdict = None
-
-    def verdict(self) -> str | None:
-        """The reason of ``give_up``, or None."""
-        return self._verdict
-
-    def put(self, item: Record | Committed) -> None:
-        """Adds a message; once this has returned, a record outlives every process."""
-        if isinstance(item, Committed):
-            self._items.append(item)
-            return
-        # The time of the first try: a record that is sent twice is then the same record to MLflow.
-        record = {**item, TIMESTAMP: time.time() * 1000}
-        self._items.append(record)
-        try:
-            self._spool.append(record)
-        except OSError as error:
-            logger.warning("a record is kept in memory only: %s", error)
-
-    def take_all(self) -> list[Record | Committed]:
-        """All messages since the last call, in the order of their coming."""
-        items, self._items = self._items, []
-        return items
-
-
-def open_mailbox(run: TrackedRun) -> "ActorHandle[Mailbox]":
-    """Starts a mailbox beside the driver, whose disk it writes to; it lives as long as the driver's machine does."""
-    spool_folder(run).mkdir(parents=True, exist_ok=True)  # if that fails, it fails here, in one line
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(Mailbox).options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
-    return cast("ActorHandle[Mailbox]", actor.remote(spool_folder(run)))
-
-
-class TellCommits(UserCallback):
-    """Runs in the controller: passes on each checkpoint once it is committed, not when it is reported."""
-
-    def __init__(self, mailbox: "ActorHandle[Mailbox]") -> None:
-        self._mailbox = mailbox
-
-    def after_report(
-        self, run_context: "TrainRunContext", metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
-    ) -> None:
-        """Called by Ray Train with every rank's metrics of one report."""
-        if checkpoint is not None:
-            self._mailbox.put.remote(Committed(int(metrics[0]["step"]), checkpoint))
 
 
 class Recorder:

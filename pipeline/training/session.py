@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from pipeline import cluster
 from pipeline.config import TrainConfig
 from pipeline.errors import Interrupted
 from pipeline.tracking import Tracker
+from pipeline.training.background import Background
 from pipeline.training.quality_task import Measure
 from pipeline.training.task import TrainingTask, check_model, plan
 from pipeline.training.trainer import TrainResult, fit, new_name
@@ -104,11 +106,13 @@ def train_run(
     config = replace(config, name=config.name or new_name(config))
     parameters = check_model(config)
     task = plan(config)
-    tracker = Tracker()
+    # MLflow takes seconds to load and Ray to start, both mostly waiting.
+    tracker_to_come: Future[Tracker] = Background("mlflow").submit(Tracker)
     workers = config.cluster
     for label, text in _facts(task, parameters):
         logger.info("%-8s  %s", label, text)
     with cluster.connect(num_cpus=workers.max_workers * workers.cpus_per_worker):
+        tracker = tracker_to_come.result()
         result = fit(config, tracker, live=live, measure=measure)
         try:
             distance = then(result.name, tracker) if then else None

@@ -26,15 +26,17 @@ from pipeline import cluster, storage
 from pipeline.config import TrainConfig
 from pipeline.errors import Interrupted, UserError, WorldError, first_line
 from pipeline.tracking import TakenOverError, TrackedRun, Tracker
+from pipeline.training.commits import TellCommits
 from pipeline.training.committed import committed_checkpoints, drop_damaged, runs_root
 from pipeline.training.gauges import Gauges
 from pipeline.training.identity import open_run
+from pipeline.training.mailbox import Committed, Mailbox, open_mailbox
 from pipeline.training.network import NodeAddressTorchConfig
 from pipeline.training.progress import Several, open_progress
 from pipeline.training.quality import Quality
 from pipeline.training.quality_task import Measure
 from pipeline.training.ray_worker import run_worker
-from pipeline.training.recorder import Committed, Mailbox, Recorder, TellCommits, open_mailbox
+from pipeline.training.recorder import Recorder
 from pipeline.training.task import TrainingTask, plan
 
 if TYPE_CHECKING:

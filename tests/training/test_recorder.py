@@ -19,8 +19,9 @@ from worlds import run_one, small_task
 from pipeline.model_folder import EMA_FILE, load_tensors, read_meta, write_meta, write_tensors
 from pipeline.tracking import TIMESTAMP, MetricRecord, TakenOverError, TrackedRun, Tracker
 from pipeline.training import recorder as recorder_module
+from pipeline.training.mailbox import Committed, Mailbox
 from pipeline.training.quality import Quality
-from pipeline.training.recorder import Committed, Mailbox, Recorder
+from pipeline.training.recorder import Recorder
 from pipeline.training.spool import Spool, spool_folder
 from pipeline.training.task import TrainingTask
 
