@@ -161,6 +161,14 @@ def _train(task: TrainingTask, name: str, mailbox: "ActorHandle[Mailbox]", recor
         cast(Any, ray).get(mailbox.try_again.remote())
 
 
+class _Trainer(TorchTrainer):
+    """Ray's, without the actor that hands out Ray Data sets: here nobody has any, and its start takes seconds."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        all_of_them: list[Any] = cast(Any, super())._create_default_callbacks()
+        return [each for each in all_of_them if type(each).__name__ != "DatasetsCallback"]
+
+
 def _trainer(task: TrainingTask, name: str, mailbox: "ActorHandle[Mailbox]") -> TorchTrainer:
     config, workers = task.config, task.config.cluster
     elastic = workers.min_workers < workers.max_workers
@@ -169,7 +177,7 @@ def _trainer(task: TrainingTask, name: str, mailbox: "ActorHandle[Mailbox]") -> 
         barrier_seconds=_process_group_timeout(config),
         elastic=elastic,
     )
-    return TorchTrainer(
+    return _Trainer(
         run_worker,  # type: ignore[arg-type]  # its return value comes back as result.return_value
         train_loop_config={"task": task.to_json(), "mailbox": mailbox},
         torch_config=NodeAddressTorchConfig(timeout_s=_process_group_timeout(config)),
