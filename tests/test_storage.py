@@ -67,6 +67,14 @@ def test_writing_again_replaces_the_bytes(root):
     assert list(storage.list_files(root)) == [location]
 
 
+def test_a_removed_file_is_gone_and_removing_it_again_changes_nothing(root):
+    location = storage.join(root, "folder", "file")
+    storage.write_bytes(location, b"x")
+    storage.remove(location)
+    storage.remove(location)
+    assert not storage.exists(location)
+
+
 def test_megabytes_survive(root):
     data = os.urandom(9 * 2**20)
     location = storage.join(root, "shard.tar")

@@ -5,6 +5,7 @@ cancels when the features lie far from zero, and pieces merge in any grouping.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -93,10 +94,13 @@ class FeatureStatistics:
         scatter.addr_(delta, delta, alpha=self.n * share)
         return type(self)(n, self.mean + delta * share, scatter)
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The statistics as tensors."""
+        return {"n": torch.tensor(self.n), "mean": self.mean.contiguous(), "scatter": self.scatter.contiguous()}
+
     def to_bytes(self) -> bytes:
         """The statistics as a safetensors file: equal statistics give equal bytes."""
-        tensors = {"n": torch.tensor(self.n), "mean": self.mean.contiguous(), "scatter": self.scatter.contiguous()}
-        return safetensors.torch.save(tensors)
+        return safetensors.torch.save(self.to_tensors())
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -109,6 +113,15 @@ class FeatureStatistics:
             tensors = safetensors.torch.load(data)
         except SafetensorError as error:
             raise WorldError(f"truncated or damaged feature statistics ({len(data)} bytes): {error}") from error
+        return cls.from_tensors(tensors)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The inverse of ``to_tensors``.
+
+        Raises:
+            WorldError: The tensors are something else.
+        """
         layout = {key: (value.dtype, value.ndim) for key, value in tensors.items()}
         if layout != _LAYOUT or tensors["scatter"].shape != 2 * tensors["mean"].shape:
             raise WorldError(f"not feature statistics: the file holds {', '.join(sorted(tensors)) or 'nothing'}")

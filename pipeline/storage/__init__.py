@@ -11,7 +11,7 @@ from pipeline.storage.patience import UnreachableError
 from pipeline.storage.reading import exists, num_bytes, open_binary, read_bytes, read_chunks, read_range
 from pipeline.storage.s3_client import s3 as _s3  # noqa: F401  for tests, which make buckets
 from pipeline.storage.s3_client import s3_of_process as _s3_of_process  # noqa: F401  for tests, which change settings
-from pipeline.storage.writing import sha256_hex, write_bytes
+from pipeline.storage.writing import remove, sha256_hex, write_bytes
 
 __all__ = [
     "PARTIAL",
@@ -29,6 +29,7 @@ __all__ = [
     "read_bytes",
     "read_chunks",
     "read_range",
+    "remove",
     "resolve",
     "sha256_hex",
     "write_bytes",

@@ -10,7 +10,7 @@ from pipeline.storage.locations import PARTIAL, is_remote, split
 from pipeline.storage.patience import patiently
 from pipeline.storage.s3_client import s3, s3_errors
 
-__all__ = ["sha256_hex", "write_bytes"]
+__all__ = ["remove", "sha256_hex", "write_bytes"]
 
 
 def write_bytes(location: str, data: bytes, *, patience_seconds: float = 0) -> None:
@@ -43,6 +43,24 @@ def write_bytes(location: str, data: bytes, *, patience_seconds: float = 0) -> N
         if temporary:
             Path(temporary).unlink(missing_ok=True)
         raise WorldError(f"cannot write {location}: {error.strerror or error}") from error
+
+
+def remove(location: str) -> None:
+    """Removes a file; nothing happens if there is none.
+
+    Raises:
+        UnreachableError: S3 did not answer.
+        WorldError: The folder is not writable, or S3 refused.
+    """
+    if is_remote(location):
+        bucket, key = split(location)
+        with s3_errors(location):
+            s3().delete_object(Bucket=bucket, Key=key)
+        return
+    try:
+        Path(location).unlink(missing_ok=True)
+    except OSError as error:
+        raise WorldError(f"cannot remove {location}: {error.strerror or error}") from error
 
 
 def _put(location: str, data: bytes) -> None:
