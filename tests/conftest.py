@@ -1,7 +1,9 @@
 """What every test gets: a home of its own, no servers and no credentials of the person who runs it."""
 
+import importlib.util
 import os
 import secrets
+import shutil
 import sys
 import uuid
 from collections.abc import Iterator
@@ -15,9 +17,18 @@ sys.path.append(str(Path(__file__).parent))
 # Ray reads these once, when it is first imported, by whichever test does it.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
 
-from servers import S3Server, find_program, forget_s3_client, mlflow_server, seaweedfs
+from servers import (
+    S3Server,
+    find_postgres,
+    find_program,
+    forget_s3_client,
+    mlflow_server,
+    postgres,
+    seaweedfs,
+)
 
 from pipeline import storage
+from pipeline.tracking import Tracker
 
 _FOREIGN = ("MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "RAY_ADDRESS", "XDG_DATA_HOME", "DDPM_GIT_COMMIT")
 
@@ -79,8 +90,37 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield uri
 
 
+@pytest.fixture(scope="session")
+def postgres_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real PostgreSQL with an empty database for MLflow; only for slow tests."""
+    programs = find_postgres()
+    if programs is None or importlib.util.find_spec("psycopg2") is None:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql, pip install psycopg2-binary")
+    with postgres(programs, tmp_path_factory.mktemp("postgres")) as uri:
+        yield uri
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store without runs: copying it is faster than creating it for every test."""
+    home = tmp_path_factory.mktemp("empty-store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDPM_HOME", str(home))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        Tracker()
+    return home / "mlflow.db"
+
+
+@pytest.fixture
+def tracker(empty_store: Path) -> Tracker:
+    """A connection to an empty default store under ``$DDPM_HOME``."""
+    Path(storage.home()).mkdir()
+    shutil.copy(empty_store, Path(storage.home()) / "mlflow.db")
+    return Tracker()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whatever needs a real server is slow, wherever it stands."""
     for item in items:
-        if {"s3", "mlflow_uri"} & set(getattr(item, "fixturenames", ())):
+        if {"s3", "mlflow_uri", "postgres_uri"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)

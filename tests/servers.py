@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -179,6 +180,43 @@ def mlflow_process(folder: Path) -> Iterator[tuple[str, ServerProcess]]:
     process = ServerProcess(command, log=log, ready=f"{uri}/health", seconds=120, environment=quiet)
     with _running(process):
         yield uri, process
+
+
+@contextmanager
+def postgres(programs: Path, folder: Path) -> Iterator[str]:
+    """Runs PostgreSQL with an empty database; yields its SQLAlchemy URI. Ready after about two seconds.
+
+    PostgreSQL refuses to run as root; root starts it as the user postgres, in a folder of that user.
+    """
+    with tempfile.TemporaryDirectory(prefix="pg", dir="/tmp", ignore_cleanup_errors=True) as name:
+        data, (port,) = Path(name) / "data", _free_ports(1, offsets=(0,))
+        user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.geteuid() == 0 else []
+        if user:
+            shutil.chown(name, "postgres", "postgres")
+        init = [*user, str(programs / "initdb"), "-D", str(data), "-U", "mlflow", "-A", "trust", "--no-sync"]
+        subprocess.run(init, check=True, capture_output=True, cwd=name)
+        options = ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "fsync=off"]
+        command = [*user, str(programs / "postgres"), "-D", str(data), "-p", str(port), *options]
+        with (folder / "postgres.log").open("ab") as log:
+            server = subprocess.Popen(command, stdout=log, stderr=log, cwd=name, start_new_session=True)
+        try:
+            create = [str(programs / "createdb"), "-h", "127.0.0.1", "-p", str(port), "-U", "mlflow", "mlflow"]
+            for _ in range(100):
+                if subprocess.run(create, capture_output=True, cwd=name).returncode == 0:
+                    break
+                time.sleep(0.1)
+            yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/mlflow"
+        finally:
+            os.killpg(server.pid, signal.SIGQUIT)  # at once
+            server.wait()
+
+
+def find_postgres() -> Path | None:
+    """The folder of PostgreSQL's programs, of a Debian package or on the PATH."""
+    folders = [*sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
+    on_path = shutil.which("initdb")
+    folders += [Path(on_path).resolve().parent] if on_path else []
+    return next((folder for folder in folders if (folder / "postgres").exists()), None)
 
 
 @contextmanager

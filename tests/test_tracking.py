@@ -21,25 +21,6 @@ from pipeline.tracking import TIMESTAMP, Checkpoint, DataSetInput, TakenOverErro
 from pipeline.tracking.ownership import ABANDONED_SECONDS, Claim, latest_claim
 
 
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store without runs: copying it is faster than creating it for every test."""
-    home = tmp_path_factory.mktemp("empty-store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DDPM_HOME", str(home))
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        Tracker()
-    return home / "mlflow.db"
-
-
-@pytest.fixture
-def tracker(empty_store: Path) -> Tracker:
-    """A connection to an empty default store under ``$DDPM_HOME``."""
-    Path(storage.home()).mkdir()
-    shutil.copy(empty_store, Path(storage.home()) / "mlflow.db")
-    return Tracker()
-
-
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A folder to publish."""

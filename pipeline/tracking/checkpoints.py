@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
 
-__all__ = ["EVAL_STATUS", "MODEL_TYPE", "RUN_NAME", "STEP", "Checkpoint", "protocol_tag", "published"]
+__all__ = ["EVAL_STATUS", "MODEL_TYPE", "RUN_NAME", "STEP", "Checkpoint", "checkpoint_of", "protocol_tag", "published"]
 
 RUN_NAME, STEP, EVAL_STATUS = "run_name", "step", "eval_status"
 MODEL_TYPE = "ddpm-checkpoint"
@@ -25,6 +25,8 @@ class Checkpoint:
     step: int
     artifact_uri: str
     tags: Mapping[str, str]
+    params: Mapping[str, str] = field(default_factory=dict)
+    """Written once each: claims of evaluators."""
 
     def has_result(self, identity: str) -> bool:
         """Whether a result of the protocol with this identity is already there."""
@@ -34,6 +36,20 @@ class Checkpoint:
         """The stored result: ``metrics`` and ``protocol``."""
         record: dict[str, Any] = json.loads(self.tags[protocol_tag(identity)])
         return record
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """All stored results by identity; what other programs put under such a tag is left out."""
+        found = {}
+        for tag, text in self.tags.items():
+            if not tag.startswith(prefix := protocol_tag("")):
+                continue
+            try:
+                record = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and {"protocol", "metrics"} <= record.keys():
+                found[tag.removeprefix(prefix)] = record
+        return found
 
 
 def published(client: "MlflowClient", experiment_id: str, run_id: str | None = None) -> list[Checkpoint]:
@@ -47,16 +63,21 @@ def published(client: "MlflowClient", experiment_id: str, run_id: str | None = N
         token = page.token
         if not token:
             break
-    ready = [m for m in found if m.model_type == MODEL_TYPE and str(m.status) == "READY" and STEP in m.tags]
+    ready = [
+        m
+        for m in found
+        if m.model_type == MODEL_TYPE and str(m.status) == "READY" and {STEP, RUN_NAME} <= m.tags.keys()
+    ]
     ready.sort(key=lambda model: (model.creation_timestamp, int(model.tags[STEP])), reverse=True)
-    return [_checkpoint(model) for model in ready]
+    return [checkpoint_of(model) for model in ready]
 
 
 def protocol_tag(identity: str) -> str:
     return f"protocol.{identity}"
 
 
-def _checkpoint(model: "LoggedModel") -> Checkpoint:
+def checkpoint_of(model: "LoggedModel") -> Checkpoint:
+    """What a LoggedModel of ours says."""
     return Checkpoint(
         model_id=model.model_id,
         run_id=model.source_run_id or "",
@@ -64,4 +85,5 @@ def _checkpoint(model: "LoggedModel") -> Checkpoint:
         step=int(model.tags[STEP]),
         artifact_uri=model.artifact_location,
         tags=dict(model.tags),
+        params={key: str(value) for key, value in (model.params or {}).items()},
     )

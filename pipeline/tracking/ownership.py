@@ -16,10 +16,10 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -42,6 +42,7 @@ __all__ = [
     "latest_claim",
     "try_claim",
     "without_claims",
+    "write_once",
 ]
 
 logger = logging.getLogger(__name__)
@@ -137,16 +138,25 @@ def without_claims(params: Mapping[str, str]) -> dict[str, str]:
 
 def try_claim(client: "MlflowClient", run_id: str, wanted: Claim) -> bool:
     """Writes a claim; false if another one has the number. Raises ``MlflowException`` if MLflow is away."""
+    return write_once(
+        wanted.to_json(),
+        write=lambda value: client.log_param(run_id, wanted.key, value, synchronous=True),
+        read=lambda: client.get_run(run_id).data.params.get(wanted.key),
+    )
+
+
+def write_once(value: str, *, write: Callable[[str], Any], read: Callable[[], str | None]) -> bool:
+    """Writes a param that MLflow takes once; false if it holds another value. Raises as ``try_claim``."""
     from mlflow.exceptions import MlflowException
 
     try:
-        client.log_param(run_id, wanted.key, wanted.to_json(), synchronous=True)
+        write(value)
     except MlflowException:
         # Perhaps the answer was lost, or MLflow refused for another reason: the param itself tells.
-        written = client.get_run(run_id).data.params.get(wanted.key)
+        written = read()
         if written is None:
             raise
-        return written == wanted.to_json()
+        return written == value
     return True
 
 

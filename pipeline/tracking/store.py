@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import random
@@ -16,8 +15,8 @@ from urllib.parse import urlsplit, urlunsplit
 from pipeline import storage
 from pipeline.config import as_params
 from pipeline.errors import UserError, WorldError, first_line
-from pipeline.tracking import ownership
-from pipeline.tracking.checkpoints import EVAL_STATUS, Checkpoint, protocol_tag, published
+from pipeline.tracking import leases, ownership, registry, results
+from pipeline.tracking.checkpoints import Checkpoint, checkpoint_of, published
 from pipeline.tracking.ownership import Claim
 from pipeline.tracking.runs import DataSetInput, TrackedRun, dataset_input, one_line_errors
 
@@ -29,6 +28,7 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 if TYPE_CHECKING:
+    import numpy as np
     from mlflow.entities import Run
 
 __all__ = ["Tracker"]
@@ -170,7 +170,8 @@ class Tracker:
         """Copies a checkpoint's files into a folder and returns where they lie.
 
         Raises:
-            WorldError: The artifacts are gone or the store does not answer.
+            UnreachableError: The store of the artifacts does not answer.
+            WorldError: The artifacts are gone.
         """
         from mlflow.artifacts import download_artifacts
 
@@ -180,23 +181,59 @@ class Tracker:
             )
         except Exception as error:
             # MLflow lets through whatever its store raises: botocore, requests, OSError, its own exception.
-            raise WorldError(
+            raise (storage.UnreachableError if _is_outage(error) else WorldError)(
                 f"cannot read checkpoint {checkpoint.run_name} step {checkpoint.step} at {checkpoint.artifact_uri}: "
                 f"{first_line(error)}"
             ) from error
 
     @one_line_errors
+    def refresh(self, checkpoint: Checkpoint) -> Checkpoint:
+        """A checkpoint as MLflow has it now."""
+        return checkpoint_of(self.client.get_logged_model(checkpoint.model_id))
+
+    @one_line_errors
+    def take_lease(self, checkpoint: Checkpoint, identity: str, stands: leases.Standing) -> leases.Lease | None:
+        """Takes the lease on a checkpoint that nobody holds; None if another evaluator was quicker."""
+        return leases.take(self.client, checkpoint, identity, stands)
+
+    @one_line_errors
     def log_result(
         self, checkpoint: Checkpoint, *, identity: str, protocol: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> None:
-        """Stores an evaluation's metrics and its protocol, then marks the checkpoint: the mark comes last.
+        """Stores an evaluation's metrics and its protocol; see ``results.log_result``."""
+        results.log_result(self.client, checkpoint, identity=identity, protocol=protocol, metrics=metrics)
 
-        A killed evaluator may leave a metric without the mark; the next one measures again and gets the same value.
-        """
-        for key, value in metrics.items():
-            self.client.log_metric(checkpoint.run_id, key, value, step=checkpoint.step, model_id=checkpoint.model_id)
-        record = json.dumps({"protocol": protocol, "metrics": metrics}, sort_keys=True)
-        self.client.set_logged_model_tags(checkpoint.model_id, {protocol_tag(identity): record, EVAL_STATUS: "done"})
+    @one_line_errors
+    def has_sheet(self, checkpoint: Checkpoint) -> bool:
+        """Whether the run has a sample sheet of this step."""
+        return checkpoint.step in results.sheet_steps(self.client, checkpoint.run_id)
+
+    @one_line_errors
+    def log_sheet(self, checkpoint: Checkpoint, pixels: "np.ndarray") -> None:
+        """Logs a sample sheet, uint8 [H, W, C], of a checkpoint."""
+        results.log_sheet(self.client, checkpoint, pixels)
+
+    @one_line_errors
+    def last_sheet(self, run_id: str) -> tuple[int, bytes] | None:
+        """Step and PNG bytes of a run's last sample sheet."""
+        steps = results.sheet_steps(self.client, run_id)
+        return (last := max(steps), results.sheet(self.client, run_id, steps[last])) if steps else None
+
+    @one_line_errors
+    def experiment_of(self, run: str) -> str | None:
+        """The name of the experiment that a run is in."""
+        found = self.find_run(run)
+        return None if found is None else str(self.client.get_experiment(found.info.experiment_id).name)
+
+    @one_line_errors
+    def champion(self, name: str) -> str | None:
+        """The id of the model that has the alias ``champion`` of a registered model."""
+        return registry.champion(self.client, name)
+
+    @one_line_errors
+    def crown(self, name: str, checkpoint: Checkpoint, tags: Mapping[str, str]) -> int:
+        """Gives a checkpoint the alias ``champion``; returns the number of its version."""
+        return registry.crown(self.client, name, checkpoint, tags)
 
     def ui_command(self, run_id: str, experiment_id: str) -> list[str]:
         """What a person types to see a run: lines of a command (if a server must be started) and the address."""
@@ -273,6 +310,20 @@ class Tracker:
         experiments = [entry.experiment_id for entry in self.client.search_experiments()]
         quoted = name.replace("'", "''")
         return list(self.client.search_runs(experiments, f"attributes.run_name = '{quoted}'", max_results=100))
+
+
+_OUTAGES = {"ConnectTimeout", "ConnectTimeoutError", "ConnectionClosedError", "EndpointConnectionError"}
+_OUTAGES |= {"MaxRetryError", "NewConnectionError", "ReadTimeout", "ReadTimeoutError"}
+"""Classes of botocore, requests and urllib3."""
+
+
+def _is_outage(error: BaseException | None) -> bool:
+    """Whether an exception, or what caused it, says that a server cannot be reached."""
+    while error is not None:
+        if isinstance(error, ConnectionError) or type(error).__name__ in {*_OUTAGES, "ConnectionError"}:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _is_claimed(run: "Run") -> bool:
