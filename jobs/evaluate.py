@@ -1,6 +1,6 @@
 """Measures published checkpoints against their data set: ``python jobs/evaluate.py --help``."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline import cli
@@ -25,12 +25,7 @@ def main(argv: list[str]) -> tuple[dict[str, Any], str]:
     from pipeline.evaluation.session import evaluate_job
 
     outcome = evaluate_job(config)
-    facts = {
-        "evaluated": [asdict(result) for result in outcome.evaluated],
-        "failed": [asdict(failure) for failure in outcome.failed],
-        "exit_code": 1 if outcome.failed else 0,
-    }
-    return facts, outcome.text()
+    return outcome.to_json(), outcome.text()
 
 
 if __name__ == "__main__":

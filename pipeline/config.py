@@ -405,6 +405,12 @@ class EvaluateConfig:
     """Evaluate the checkpoints of this run that lack the result."""
     pending: Switch = False
     """Evaluate all checkpoints of the experiment that lack the result, newest first."""
+    checkpoint: str | None = None
+    """Evaluate a model folder (a path or s3:// URI) against --reference and print the result, without MLflow."""
+    reference: str | None = None
+    """Data set that --checkpoint is compared with: a path, s3:// URI, or a name under $DDPM_HOME/data."""
+    report: str | None = None
+    """Evaluate nothing: write a report on this experiment, one HTML file, and log it to MLflow."""
     experiment: str = "ddpm"
     """MLflow experiment."""
     step: int | None = None
@@ -413,6 +419,20 @@ class EvaluateConfig:
     """Only the last checkpoint of each run."""
     max_checkpoints: int | None = None
     """Stop after this many checkpoints; the rest stay pending."""
+    max_minutes: float | None = None
+    """Stop after this time; what is half done is kept and continued by the next evaluation."""
+    watch: Switch = False
+    """With --pending: look again every --interval seconds, until Ctrl-C."""
+    interval: float = 300.0
+    """Seconds between two looks of --watch."""
+    retry_failed: Switch = False
+    """Also evaluate checkpoints that have failed three times."""
+    save_images: str | None = None
+    """Write the images as data sets RUN-step-N under this path or s3:// URI; a relative path is under $DDPM_HOME."""
+    register: str | None = None
+    """Registered model whose alias champion goes to the experiment's best model; default: the experiment's name."""
+    champion_margin: float = 0.02
+    """A new champion must be better by this part of the old one's distance, where its uncertainty is not known."""
     ema_width: float | None = None
     """Instead of the EMA: an average of this relative width, made from the run's --ema-power averages, e.g. 0.08."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -431,8 +451,19 @@ class EvaluateConfig:
         )
 
     def __post_init__(self) -> None:
-        if (self.run is None) == (not self.pending):
-            raise UserError("give either --run NAME or --pending")
+        chosen = [self.run is not None, self.pending, self.checkpoint is not None, self.report is not None]
+        if sum(chosen) != 1:
+            raise UserError("give one of --run, --pending, --checkpoint and --report")
+        if (self.checkpoint is None) != (self.reference is None):
+            raise UserError("--checkpoint and --reference go together: give both or none")
+        if self.watch and not self.pending:
+            raise UserError("--watch looks for pending checkpoints; give --pending as well")
+        if self.max_checkpoints is not None:
+            _check(self.max_checkpoints >= 1, "--max-checkpoints", self.max_checkpoints, "at least 1")
+        if self.max_minutes is not None:
+            _check(0 < self.max_minutes < math.inf, "--max-minutes", self.max_minutes, "above 0")
+        _check(0 < self.interval < math.inf, "--interval", self.interval, "above 0")
+        _check(0 <= self.champion_margin < 1, "--champion-margin", self.champion_margin, "in [0, 1)")
         if self.ema_width is not None:
             _check(0 < self.ema_width < 0.28, "--ema-width", self.ema_width, "above 0 and below 0.28")
 

@@ -1,7 +1,6 @@
 """Ray clusters for tests: nodes that can be killed one by one, each a tree of processes that this process started."""
 
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -90,7 +89,8 @@ def cluster(*, head_cpus: int) -> Iterator[Cluster]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        # The token of this process: Ray reads it once, and a test may join the cluster itself.
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]}
         environment = {**token, **FAST_DEATHS, "RAY_ADDRESS": f"127.0.0.1:{port}"}
         new = Cluster(folder=Path(folder), port=port, environment=environment)
         try:

@@ -29,6 +29,7 @@ MAY_KNOW = {
     "diffusion": {"errors"},
     "model_folder": {"config", "diffusion", "draws", "errors", "storage"},
     "generation": {"config", "diffusion", "draws", "errors", "images"},
+    "serving": {"config", "errors", "generation", "model_folder"},
     "data": {"cluster", "config", "draws", "errors", "images", "storage"},
     "training": _ENGINE,
     "evaluation": _ENGINE,

@@ -1,8 +1,7 @@
 """Ray actors that make images and features. The chunk is the unit: whoever makes it, however often, it is the same."""
 
-import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
-from ray.exceptions import RayError, RayTaskError
-from ray.util import ActorPool
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
@@ -19,10 +16,11 @@ from pipeline import cluster
 from pipeline.config import ClusterConfig, ProtocolConfig, SamplingConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import read_images
-from pipeline.errors import UserError, WorldError
+from pipeline.errors import WorldError
+from pipeline.evaluation.crew import Crew
 from pipeline.evaluation.features import load_extractor
 from pipeline.generation import generate_chunk
-from pipeline.model_folder import EMA_FILE, META_FILE, build_schedule, build_unet, load_tensors, read_meta
+from pipeline.model_folder import EMA_FILE, META_FILE, Meta, build_schedule, build_unet, load_tensors, read_meta
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -48,6 +46,12 @@ class ModelFiles:
         except OSError as error:
             raise WorldError(f"{folder} is no published model: {error.strerror} {error.filename}") from error
 
+    def read_meta(self) -> Meta:
+        """What ``meta.json`` says. Raises ``WorldError`` if it is damaged or of another version."""
+        with tempfile.TemporaryDirectory(prefix="ddpm-meta-") as folder:
+            (Path(folder) / META_FILE).write_bytes(self.meta)
+            return read_meta(Path(folder))
+
 
 class ChunkActor:
     """Generates chunks and computes features, on one CPU share or GPU."""
@@ -58,9 +62,18 @@ class ChunkActor:
         self._extractor = load_extractor(protocol.features, weights=protocol.inception_weights, device=self._device)
         self._loaded: tuple[str, Any, Any, Any] | None = None
 
+    def ready(self) -> None:
+        """Answers once the actor has started."""
+
     def features_of_chunk(
-        self, model: "list[ObjectRef[ModelFiles]]", model_id: str, sampling: SamplingConfig, size: int, chunk: int
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        model: "list[ObjectRef[ModelFiles]]",
+        model_id: str,
+        sampling: SamplingConfig,
+        size: int,
+        chunk: int,
+        with_images: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         """Generates one chunk.
 
         Args:
@@ -69,6 +82,7 @@ class ChunkActor:
             sampling: Sampler and seed.
             size: Images of the chunk.
             chunk: Its index.
+            with_images: Whether the images are wanted as well.
 
         Returns:
             Features, float32 [size, d], and images, uint8 [size, C, H, W].
@@ -78,7 +92,7 @@ class ChunkActor:
         _, unet, schedule, trained = self._loaded
         shape = (size, trained.model.image_channels, trained.model.image_size, trained.model.image_size)
         images = generate_chunk(unet, schedule, sampling, trained=trained, shape=shape, chunk=chunk)
-        return self._features(images), images
+        return self._features(images), images if with_images else None
 
     def features_of_shard(self, location: str, manifest: "list[ObjectRef[Manifest]]", shard: int) -> Tensor:
         """Features of a shard's images, float32 [n, d], in the shard's order."""
@@ -106,69 +120,64 @@ class ChunkActor:
 
 
 class Workers:
-    """A pool of actors that gives results in the order of the work, whichever actor is done first."""
+    """Actors that give results in the order of the work, whichever actor is done first."""
 
-    def __init__(self, actors: list[Any]) -> None:
-        self._actors = actors
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
 
     def chunks(
-        self, files: ModelFiles, sampling: SamplingConfig, *, num_chunks: int, size: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features and images of chunks 0 .. num_chunks - 1, in this order."""
+        self,
+        files: ModelFiles,
+        sampling: SamplingConfig,
+        *,
+        numbers: range,
+        size: int,
+        with_images: Collection[int] = (),
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Number, features and, of the chunks that are named, images of chunks, in the order of ``numbers``."""
         model = [ray.put(files)]
-        return self._map(
-            lambda actor, chunk: actor.features_of_chunk.remote(model, files.model_id, sampling, size, chunk),
-            range(num_chunks),
+        found = self._crew.results(
+            lambda actor, chunk: actor.features_of_chunk.remote(
+                model, files.model_id, sampling, size, chunk, chunk in with_images
+            ),
+            numbers,
         )
+        for chunk, (features, images) in zip(numbers, found, strict=True):
+            yield chunk, features, images
 
     def shards(self, location: str, manifest: Manifest) -> Iterator[Tensor]:
         """Features of a data set's images, shard by shard."""
         reference = [ray.put(manifest)]
-        return self._map(
+        return self._crew.results(
             lambda actor, shard: actor.features_of_shard.remote(location, reference, shard),
             range(len(manifest.shards)),
         )
-
-    def _map(self, submit: Callable[[Any, Any], Any], work: Iterable[Any]) -> Iterator[Any]:
-        try:
-            # A pool of its own for each piece of work: what an earlier one left unfinished must not come out here.
-            yield from ActorPool(self._actors).map(submit, list(work))
-        except RayTaskError as error:
-            cause = error.cause
-            raise cause if isinstance(cause, UserError | WorldError) else WorldError(_last_line(error)) from error
-        except RayError as error:
-            raise WorldError(f"an evaluation worker was lost: {_last_line(error)}") from error
 
 
 @contextmanager
 def open_workers(config: ClusterConfig, protocol: ProtocolConfig, *, most: int) -> Iterator[Workers]:
     """Starts the actors and ends them afterwards.
 
+    All are asked for, so that a cluster that can grow does; work begins with the first that has a place.
+
     Args:
-        config: How many, and their size; no more than fit the cluster as it is now.
+        config: How many, and their size.
         protocol: The feature network.
         most: No more actors than this have work.
     """
     cluster.require(num_workers=1, cpus_per_worker=config.cpus_per_worker, use_gpu=config.use_gpu)
-    fitting = cluster.fits(num_workers=1, cpus_per_worker=config.cpus_per_worker, use_gpu=config.use_gpu)
-    # None fits: an autoscaling cluster that is still empty. All are asked for, so that it grows.
-    count = max(1, min(config.max_workers, most, fitting or config.max_workers))
     actor = ray.remote(ChunkActor).options(
         num_cpus=config.cpus_per_worker,
         num_gpus=1 if config.use_gpu else 0,
-        max_restarts=config.max_failures,
-        max_task_retries=config.max_failures,
         # Within a trial of a sweep: beside the trial's own share of the cluster, which holds no CPU.
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),  # type: ignore[arg-type]
     )
-    actors: list[Any] = [actor.remote(protocol, config.cpus_per_worker, config.use_gpu) for _ in range(count)]
+    crew = Crew(
+        lambda: actor.remote(protocol, config.cpus_per_worker, config.use_gpu),
+        size=min(config.max_workers, most),
+        max_losses=config.max_failures,
+    )
     try:
-        yield Workers(actors)
+        yield Workers(crew)
     finally:
-        for handle in actors:
-            ray.kill(handle)
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else json.dumps(type(error).__name__)
+        crew.close()

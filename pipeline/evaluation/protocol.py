@@ -4,12 +4,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from pipeline.config import EvaluateConfig
 from pipeline.evaluation.features import FeatureExtractor
 from pipeline.images import ROUNDING
 
-__all__ = ["Protocol"]
+__all__ = ["Protocol", "differences"]
+
+_NOT_PROTOCOL = ("code", "note", "ema_profile_error")
+"""What is stored with a result beside its protocol."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,3 +77,21 @@ class Protocol:
         if self.guidance == 1:
             del record["guidance"]
         return record
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two protocols' records, in words; empty if their numbers may be compared."""
+    fields = [name for name in dict.fromkeys([*now, *then]) if name not in _NOT_PROTOCOL]
+    unlike = [name for name in fields if then.get(name, _DEFAULTS.get(name)) != now.get(name, _DEFAULTS.get(name))]
+    return [
+        f"{name} is {_short(then.get(name, _DEFAULTS.get(name)))} and {_short(now.get(name, _DEFAULTS.get(name)))}"
+        for name in unlike
+    ]
+
+
+_DEFAULTS = {"guidance": 1.0}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if len(text) == 64 else text  # a sha256

@@ -1,19 +1,67 @@
 """The evaluate job: MLflow first, Ray only if there is something to do."""
 
+import logging
+import time
+from dataclasses import replace
+
 from pipeline import cluster
 from pipeline.config import EvaluateConfig
-from pipeline.evaluation.evaluator import Outcome, evaluate, select
+from pipeline.errors import WorldError
+from pipeline.evaluation.champion import crown
+from pipeline.evaluation.evaluator import Deadline, evaluate, free
+from pipeline.evaluation.features import load_extractor
+from pipeline.evaluation.folder import evaluate_folder
+from pipeline.evaluation.outcome import Outcome
+from pipeline.evaluation.report import Written, write_report
+from pipeline.evaluation.selection import fitting, select
 from pipeline.tracking import Tracker
 
 __all__ = ["evaluate_job"]
 
+logger = logging.getLogger(__name__)
 
-def evaluate_job(config: EvaluateConfig) -> Outcome:
-    """Evaluates what ``config`` selects. Raises as ``evaluate``."""
+
+def evaluate_job(config: EvaluateConfig) -> Outcome | Written:
+    """Does what ``config`` asks for. Raises as ``evaluate``, ``evaluate_folder`` and ``write_report``."""
+    if config.report is not None:
+        return write_report(config)
+    if config.checkpoint is not None:
+        return evaluate_folder(config)
+    return _watch(config) if config.watch else _once(config, Deadline.of(config))
+
+
+def _once(config: EvaluateConfig, deadline: Deadline) -> Outcome:
     tracker = Tracker()
     tracker.close_abandoned(config.experiment)
-    todo = select(config, tracker)
-    if not todo:
-        return Outcome()  # a schedule fires often: this costs no cluster
-    with cluster.connect(num_cpus=config.cluster.max_workers * config.cluster.cpus_per_worker):
-        return evaluate(config, tracker, todo)
+    extractor = load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
+    fit, unfit = fitting(config, tracker, select(config, tracker))
+    todo, taken = free(config, fit, extractor)
+    outcome = Outcome()
+    if todo and not deadline.is_over:  # a schedule fires often: without work it costs no cluster
+        with cluster.connect(num_cpus=config.cluster.max_workers * config.cluster.cpus_per_worker):
+            outcome = evaluate(config, tracker, todo, deadline)
+    return replace(outcome, skipped=[*unfit, *taken, *outcome.skipped], champion=_champion(config, tracker))
+
+
+def _champion(config: EvaluateConfig, tracker: Tracker) -> str | None:
+    try:
+        return crown(config, tracker)
+    except WorldError as error:  # The results are safe; the next evaluation looks again.
+        return f"the champion was not looked for: {error}"
+
+
+def _watch(config: EvaluateConfig) -> Outcome:
+    """Looks for pending checkpoints again and again, until Ctrl-C or the end of ``max_minutes``."""
+    deadline, total = Deadline.of(config), Outcome()
+    try:
+        while not deadline.is_over:
+            try:
+                found = _once(config, deadline)
+                total = replace(found, evaluated=[*total.evaluated, *found.evaluated], failed=(), skipped=())
+                logger.info("%s; looking again in %g s", found.text(), config.interval)
+            except WorldError as error:  # A server that is away today may be back at the next look.
+                logger.warning("%s; looking again in %g s", error, config.interval)
+            time.sleep(max(0.0, min(config.interval, deadline.moment - time.monotonic())))
+    except KeyboardInterrupt:
+        logger.info("interrupted")
+    return total

@@ -37,6 +37,11 @@ class Candidate:
     """The run's power-function averages up to the checkpoint's step, and which checkpoint holds each."""
 
     @property
+    def name(self) -> str:
+        """For folders."""
+        return f"{self.checkpoint.run_name}-step-{self.checkpoint.step:08d}{self.metric_suffix}"
+
+    @property
     def weights(self) -> str:
         """The weights in the protocol's words."""
         if self.width is None:

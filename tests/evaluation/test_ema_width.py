@@ -21,8 +21,8 @@ from pipeline.data.sources import open_source
 from pipeline.diffusion.averages import Averages
 from pipeline.diffusion.power_ema import PowerEma
 from pipeline.errors import UserError, WorldError
-from pipeline.evaluation.evaluator import select
 from pipeline.evaluation.protocol import Protocol
+from pipeline.evaluation.selection import select
 from pipeline.evaluation.weights import Candidate, fetch
 from pipeline.model_folder import average_file, build_unet, write_meta, write_tensors
 from pipeline.storage import home, resolve

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from pipeline.evaluation.protocol import Protocol
+from pipeline.evaluation.protocol import Protocol, differences
 
 PROTOCOL = Protocol(
     metric="fid",
@@ -32,3 +32,14 @@ def test_guidance_is_part_of_record_and_identity_where_there_is_any() -> None:
     assert guided.to_record() == {**PROTOCOL.to_record(), "guidance": 2.0}
     identities = {replace(PROTOCOL, guidance=guidance).identity for guidance in (0.0, 1.0, 2.0, 2.5)}
     assert len(identities) == 4
+
+
+def test_what_differs_between_two_protocols_is_named_and_what_is_stored_beside_them_is_not() -> None:
+    record = {**PROTOCOL.to_record(), "code": "a", "note": "few images"}
+    assert differences(record, {**PROTOCOL.to_record(), "code": "b"}) == []
+    other = replace(PROTOCOL, num_images=500, features_sha256="ef" * 32, guidance=2.0).to_record()
+    assert differences(record, other) == [
+        "features_sha256 is abababababab... and efefefefefef...",
+        "num_images is 2000 and 500",
+        "guidance is 1.0 and 2.0",
+    ]

@@ -1,0 +1,88 @@
+"""A model folder is measured against a data set, without MLflow: nothing is published, the result is printed."""
+
+import contextlib
+import time
+
+from pipeline import cluster, storage
+from pipeline.config import EvaluateConfig
+from pipeline.data.manifest import load_manifest
+from pipeline.errors import UserError
+from pipeline.evaluation.actors import ModelFiles, open_workers
+from pipeline.evaluation.evaluator import Deadline, num_chunks
+from pipeline.evaluation.features import load_extractor
+from pipeline.evaluation.measure import Model, OutOfTimeError, measure, reference_of
+from pipeline.evaluation.outcome import Evaluation, Outcome, Skipped
+from pipeline.evaluation.protocol import Protocol
+from pipeline.evaluation.selection import images_location
+from pipeline.generation import check_sampling
+from pipeline.model_folder import EMA_FILE, META_FILE
+
+__all__ = ["evaluate_folder"]
+
+
+def evaluate_folder(config: EvaluateConfig) -> Outcome:
+    """Measures ``config.checkpoint`` against ``config.reference``; starts Ray if no cluster is given.
+
+    Raises:
+        UserError: No model folder or data set, or they do not fit each other.
+        WorldError: Damaged files, or storage does not answer.
+    """
+    assert config.checkpoint is not None
+    assert config.reference is not None
+    started, deadline = time.monotonic(), Deadline.of(config)
+    files = _read(storage.resolve(config.checkpoint))
+    meta = files.read_meta()
+    check_sampling(config.sampling, meta.config)
+    name = f"{meta.config.name or 'model'}-step-{meta.step:08d}"
+    model = Model(name=config.checkpoint, files=files, meta=meta, images=images_location(config, name))
+    location = storage.resolve(config.reference, "data")
+    manifest = reference_of(location, model)
+    extractor = load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
+    protocol = Protocol.of(config, extractor, load_manifest(location).digest, "ema")
+
+    def after_chunk() -> None:
+        if deadline.is_over:
+            raise OutOfTimeError
+
+    workers_of = config.cluster
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cluster.connect(num_cpus=workers_of.max_workers * workers_of.cpus_per_worker))
+        workers = stack.enter_context(open_workers(workers_of, config.protocol, most=num_chunks(config)))
+        try:
+            found = measure(
+                config,
+                model,
+                manifest,
+                location,
+                protocol=protocol,
+                extractor=extractor,
+                workers=workers,
+                after_chunk=after_chunk,
+            )
+        except OutOfTimeError:
+            reason = "--max-minutes are over; the same command goes on with what is missing"
+            return Outcome(skipped=[Skipped(run=config.checkpoint, step=meta.step, reason=reason)])
+    found.gathering.discard()
+    evaluation = Evaluation(
+        run=meta.config.name or config.checkpoint,
+        step=meta.step,
+        model_id=files.model_id,
+        weights=protocol.weights,
+        metric=protocol.metric,
+        value=found.metrics[protocol.metric],
+        num_images=config.protocol.num_images,
+        identity=protocol.identity,
+        seconds=time.monotonic() - started,
+        images=model.images,
+        note=found.note,
+    )
+    return Outcome(evaluated=[evaluation])
+
+
+def _read(location: str) -> ModelFiles:
+    try:
+        weights, meta = (storage.read_bytes(storage.join(location, name)) for name in (EMA_FILE, META_FILE))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        wanted = f"a folder with {EMA_FILE} and {META_FILE}, as training publishes and keeps them"
+        raise UserError(f"--checkpoint {location} is no model: give {wanted}") from error
+    return ModelFiles(storage.sha256_hex(weights), weights, meta)

@@ -1,0 +1,178 @@
+"""A report on an experiment: one HTML file that needs no other, neither scripts nor the network."""
+
+import base64
+import datetime
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import storage
+from pipeline.config import EvaluateConfig
+from pipeline.evaluation.champion import registered_name
+from pipeline.evaluation.chart import chart, colour_of
+from pipeline.evaluation.report_data import ReportData, Section, Sheet, collect
+from pipeline.tracking import Tracker
+
+__all__ = ["Written", "render", "write_report"]
+
+_MOST_ROWS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """Where a report lies."""
+
+    location: str
+    run_id: str
+    ui: Sequence[str]
+    num_results: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The result of ``--json``."""
+        return {
+            "report": self.location,
+            "run_id": self.run_id,
+            "results": self.num_results,
+            "mlflow": self.ui,
+            "exit_code": 0,
+        }
+
+    def text(self) -> str:
+        """Where it lies, for a person."""
+        return "\n".join([f"report on {self.num_results} results: {self.location}", *self.ui])
+
+
+def write_report(config: EvaluateConfig) -> Written:
+    """Writes the report on ``config.report`` under ``$DDPM_HOME/reports`` and logs it to the run ``report-EXPERIMENT``.
+
+    Raises:
+        UserError: No such experiment, or it has no published checkpoint.
+        WorldError: MLflow or storage is away.
+    """
+    assert config.report is not None
+    tracker = Tracker()
+    name = registered_name(config, config.report)
+    data = collect(config.report, name, tracker)
+    page = render(data, now=datetime.datetime.now().astimezone())
+    location = storage.join(storage.home(), "reports", f"{config.report.replace('/', '-')}.html")
+    storage.write_bytes(location, page.encode())
+    run = tracker.start_run(f"report-{config.report.replace('/', '-')}", experiment=config.report, params={}, tags={})
+    run.log_text(page, "report.html")
+    run.finish("FINISHED")
+    return Written(
+        location=location,
+        run_id=run.run_id,
+        ui=tracker.ui_command(run.run_id, run.experiment_id),
+        num_results=sum(len(section.best) for section in data.sections),
+    )
+
+
+def render(data: ReportData, *, now: datetime.datetime) -> str:
+    """The page."""
+    title = f"Evaluation of {html.escape(data.experiment)}"
+    facts = [f"{data.num_checkpoints} published checkpoints", f"{data.num_pending} without a result"]
+    champion = html.escape(data.champion) if data.champion else "none yet"
+    head = (
+        f"<header><h1>{title}</h1><p class='lead'>{', '.join(facts)} &middot; {now:%Y-%m-%d %H:%M %Z}</p>"
+        f"<p class='champion'><b>Champion</b> {champion}</p></header>"
+    )
+    empty = "<section><p>No checkpoint has a result yet: run <code>jobs/evaluate.py --pending</code>.</p></section>"
+    body = "".join(_section(section, place) for place, section in enumerate(data.sections)) or empty
+    return (
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
+        f"<meta name='viewport' content='width=device-width'><style>{_STYLE}</style></head>"
+        f"<body><main>{head}{body}{_sheets(data.sheets)}</main></body></html>\n"
+    )
+
+
+def _section(section: Section, place: int) -> str:
+    metric = html.escape(section.metric)
+    unlike = "; ".join(html.escape(words) for words in section.unlike_first)
+    warning = (
+        f"<p class='unlike'>Not comparable with the first section, whose protocol differs: {unlike}.</p>"
+        if place
+        else ""
+    )
+    heading = f"<h2>{metric} <small>protocol {section.identity}</small></h2>"
+    picture = f"<figure>{chart(section.curves, title=section.metric)}{_legend(section)}</figure>"
+    tables = f"<div class='columns'>{_best(section)}{_protocol(section.protocol)}</div>"
+    return f"<section>{heading}{warning}{picture}{tables}</section>"
+
+
+def _legend(section: Section) -> str:
+    items = (
+        f"<span><i style='background:{colour_of(place)}'></i>{html.escape(curve.run)}</span>"
+        for place, curve in enumerate(section.curves)
+    )
+    return f"<figcaption>{''.join(items)}</figcaption>"
+
+
+def _best(section: Section) -> str:
+    rows = []
+    for run, point in section.best[:_MOST_ROWS]:
+        interval = (
+            "" if point.interval is None else f" <small>{point.interval[0]:.4g} to {point.interval[1]:.4g}</small>"
+        )
+        note = f"<br><small>{html.escape(point.note)}</small>" if point.note else ""
+        rows.append(
+            f"<tr><td>{html.escape(run)}{note}</td><td class='n'>{point.step:,}</td>"
+            f"<td class='n'>{point.value:.4g}{interval}</td></tr>"
+        )
+    left = len(section.best) - len(rows)
+    more = f"<tr><td colspan='3'><small>and {left} more</small></td></tr>" if left else ""
+    head = f"<tr><th>run</th><th class='n'>step</th><th class='n'>{html.escape(section.metric)}</th></tr>"
+    return f"<div><h3>Best checkpoints</h3><table>{head}{''.join(rows)}{more}</table></div>"
+
+
+def _protocol(protocol: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(str(name))}</td><td><code>{html.escape(str(value))}</code></td></tr>"
+        for name, value in protocol.items()
+        if name != "note"
+    )
+    return f"<div><h3>Protocol</h3><table class='protocol'>{rows}</table></div>"
+
+
+def _sheets(sheets: Sequence[Sheet]) -> str:
+    if not sheets:
+        return ""
+    figures = "".join(
+        f"<figure><img alt='samples of {html.escape(sheet.run)}' "
+        f"src='data:image/png;base64,{base64.b64encode(sheet.png).decode()}'>"
+        f"<figcaption>{html.escape(sheet.run)}, step {sheet.step:,}</figcaption></figure>"
+        for sheet in sheets
+    )
+    return f"<section><h2>Samples</h2><div class='sheets'>{figures}</div></section>"
+
+
+_STYLE = """
+:root { color-scheme: light; --ink: #1f2430; --soft: #667085; --line: #e4e7ec; --paper: #fff; --back: #f5f6f8; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; }
+main { max-width: 960px; margin: 0 auto; padding: 32px 20px 64px; }
+h1 { font-size: 27px; margin: 0; } h2 { font-size: 20px; margin: 0 0 8px; } h3 { font-size: 15px; margin: 0 0 6px; }
+small { color: var(--soft); font-weight: 400; font-size: 12px; }
+code { font: 12px ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
+.lead { margin: 2px 0 0; color: var(--soft); }
+.champion { margin: 14px 0 0; padding: 9px 14px; background: #ecfdf3; border: 1px solid #abefc6; border-radius: 8px; }
+.champion b { margin-right: 8px; }
+.unlike { margin: 4px 0 10px; padding: 8px 12px; background: #fffaeb; border: 1px solid #fedf89; border-radius: 8px; }
+section { background: var(--paper); border: 1px solid var(--line); border-radius: 12px; }
+section { padding: 22px; margin-top: 22px; }
+figure { margin: 0; } svg { width: 100%; height: auto; display: block; }
+.grid { stroke: var(--line); } .axis { stroke: #98a2b3; }
+.tick { font-size: 12px; fill: var(--soft); } .name { font-size: 13px; fill: var(--ink); }
+figcaption { color: var(--soft); font-size: 13px; margin-top: 6px; }
+figcaption span { margin-right: 16px; white-space: nowrap; color: var(--ink); }
+figcaption i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px; }
+.columns { display: grid; grid-template-columns: 1fr 1fr; gap: 26px; margin-top: 20px; }
+table { border-collapse: collapse; width: 100%; font-size: 13px; }
+td, th { text-align: left; padding: 4px 8px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 600; } .n { text-align: right; font-variant-numeric: tabular-nums; }
+.protocol td:first-child { white-space: nowrap; color: var(--soft); }
+.sheets { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 20px; }
+.sheets img { width: 100%; image-rendering: pixelated; display: block; }
+.sheets img { border: 1px solid var(--line); border-radius: 6px; }
+@media (max-width: 720px) { .columns { grid-template-columns: 1fr; } }
+"""

@@ -1,0 +1,266 @@
+"""The evaluate job on one Ray cluster with real MLflow stores: killed, raced, limited, watched, and what it leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+sys.path += [str(Path(__file__).parents[1] / "evaluation"), str(Path(__file__).parents[1])]
+
+from clusters import Cluster, cluster
+from publishing import prepare_digits, publish_run, write_model
+from runner import ROOT, load_job, succeed
+
+from pipeline.data.manifest import load_manifest
+from pipeline.data.verify import verify
+from pipeline.errors import UserError
+from pipeline.evaluation.features import load_extractor
+from pipeline.evaluation.selection import protocol_of, selected
+from pipeline.tracking import Tracker, standing
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+QUICK = ["--num-images", "40", "--chunk-size", "20", "--sampling-steps", "4"]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Cluster]:
+    """A Ray head with two CPUs that all jobs of this module join."""
+    with cluster(head_cpus=2) as found:
+        yield found
+
+
+@pytest.fixture
+def job(nodes: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Runs the job in this process, which joins the cluster."""
+    for name, value in nodes.environment.items():
+        monkeypatch.setenv(name, value)
+    prepare_digits()
+
+    def run(*words: str) -> dict[str, Any]:
+        result, text = load_job("evaluate").main(list(words))
+        return {**result, "text": text}
+
+    yield run
+    ray.shutdown()
+
+
+def spawn(*words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "jobs/evaluate.py", *words, "--json"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def points(run_id: str) -> list[tuple[int, float]]:
+    """Steps and values of the run's distance."""
+    history = Tracker().client.get_metric_history(run_id, "fd_efficientnet_lite0")
+    return [(metric.step, metric.value) for metric in history]
+
+
+def kept_chunks() -> int:
+    """How many chunks an evaluation that goes on has kept; 0 if there is none."""
+    for file in Path(os.environ["DDPM_HOME"], "evaluations").glob("*.safetensors"):
+        data = file.read_bytes()
+        return int(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["next_chunk"])
+    return 0
+
+
+def test_an_evaluation_killed_at_a_late_chunk_makes_only_the_missing_ones_and_gives_the_same_number(
+    job: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id = publish_run(Tracker(), "killed", 10)
+    words = ["--num-images", "190", "--chunk-size", "20", "--sampling-steps", "25"]
+    of_run = ["--run", "killed", *words, "--save-images", "samples"]
+    with spawn(*of_run, "--num-workers", "1") as process:
+        deadline = time.monotonic() + 120
+        while kept_chunks() < 7:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    kept = kept_chunks()
+    assert 7 <= kept < 10
+    assert points(run_id) == []
+    assert not Tracker().checkpoints("1")[0].results(), "half a result was left behind"
+    with caplog.at_level("INFO"):
+        (found,) = job(*of_run, "--num-workers", "2")["evaluated"]
+    assert f"killed step 10: going on after {kept} chunks" in caplog.text
+    assert points(run_id) == [(10, found["value"])]
+    assert list(Path(os.environ["DDPM_HOME"], "evaluations").iterdir()) == []
+    assert load_manifest(found["images"]).num_images == 190
+    assert verify(found["images"]).faults == ()
+    # The same weights without MLflow, by one worker and without a break: the same number and the same images.
+    folder = Path(os.environ["DDPM_HOME"]) / "models" / "killed-10"
+    alone = ["--checkpoint", str(folder), "--reference", "digits", "--save-images", "alone", "--num-workers", "1"]
+    (whole,) = job(*alone, *words)["evaluated"]
+    assert (whole["value"], whole["identity"]) == (found["value"], found["identity"])
+    assert load_manifest(whole["images"]).digest == load_manifest(found["images"]).digest
+
+
+@pytest.mark.parametrize("store", ["sqlite", "postgres"])
+def test_two_evaluators_at_once_measure_each_checkpoint_once(
+    store: str, job: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if store == "postgres":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", request.getfixturevalue("postgres_uri"))
+    name, steps = f"raced-{store}", [10, 20, 30, 40]
+    run_id = publish_run(Tracker(), name, *steps)
+    words = ["--run", name, *QUICK, "--num-workers", "1"]
+    processes = [spawn(*words) for _ in range(2)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    found = [json.loads(stdout) for stdout, _ in outputs]
+    evaluated = [entry["step"] for result in found for entry in result["evaluated"]]
+    assert sorted(evaluated) == steps, outputs
+    assert sorted(step for step, _ in points(run_id)) == steps
+    assert job("--run", name, *QUICK)["text"] == "nothing to do: every selected checkpoint has this result"
+
+
+def damage(run: str, step: int) -> None:
+    """Cuts a published checkpoint's weights off."""
+    checkpoints = Tracker().checkpoints("1")
+    (found,) = [entry for entry in checkpoints if (entry.run_name, entry.step) == (run, step)]
+    os.truncate(Path(found.artifact_uri.removeprefix("file://")) / "ema.safetensors", 1000)
+
+
+def rewrite_meta(run: str, **changes: object) -> None:
+    """Makes a published checkpoint one that other code wrote."""
+    (found,) = [entry for entry in Tracker().checkpoints("1") if entry.run_name == run]
+    file = Path(found.artifact_uri.removeprefix("file://")) / "meta.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, **changes, "config": {**record["config"], **changes.pop("config", {})}}))
+
+
+def fail_twice(run: str, *words: str) -> None:
+    """Two evaluations that failed, by the protocol of a command."""
+    config = load_job("evaluate").parse_arguments(list(words)).config
+    extractor, tracker = load_extractor(config.protocol.features), Tracker()
+    (candidate,) = [entry for entry in selected(config, tracker) if entry.checkpoint.run_name == run]
+    identity = protocol_of(config, candidate, extractor).identity
+    for _ in range(2):
+        now = tracker.refresh(candidate.checkpoint)
+        lease = tracker.take_lease(now, identity, standing(now, identity))
+        assert lease is not None
+        with lease:
+            lease.fail("it was a bad day")
+
+
+def reasons(result: Mapping[str, Any], kind: str) -> dict[str, str]:
+    return {entry["run"]: entry["reason"] for entry in result[kind]}
+
+
+def test_what_cannot_be_measured_is_named_in_one_line_and_given_up_after_three_failures(job: Any) -> None:
+    tracker = Tracker()
+    for name in ("truncated", "newer", "other-network", "good"):
+        publish_run(tracker, name, 10)
+    publish_run(tracker, "not-finite", 10, noise=float("nan"))
+    damage("truncated", 10)
+    rewrite_meta("newer", format_version=99)
+    rewrite_meta("other-network", config={"wings": 2})
+    fail_twice("truncated", "--pending", *QUICK)
+    result = job("--pending", *QUICK)
+    assert [entry["run"] for entry in result["evaluated"]] == ["good"]
+    failed = reasons(result, "failed")
+    assert failed.keys() == {"truncated", "newer", "other-network", "not-finite"}
+    assert "the network returned values that are not finite" in failed["not-finite"]
+    assert "ema.safetensors is damaged" in failed["truncated"]
+    assert "checkpoint format 99; this version reads 1" in failed["newer"]
+    assert "was written by other code: unknown knob 'wings'" in failed["other-network"]
+    assert result["exit_code"] == 1
+    assert "note" in result["evaluated"][0]
+
+    # Of those that are left, the one that has failed three times is given up, without a cluster.
+    given_up = job("--run", "truncated", *QUICK)
+    assert (given_up["evaluated"], given_up["failed"], given_up["exit_code"]) == ([], [], 0)
+    reason = reasons(given_up, "skipped")["truncated"]
+    assert reason.startswith("it failed 3 times (")
+    assert "ema.safetensors is damaged" in reason
+    assert reason.endswith("; --retry-failed tries again")
+    again = job("--run", "truncated", *QUICK, "--retry-failed")
+    assert "ema.safetensors is damaged" in reasons(again, "failed")["truncated"]
+
+
+def test_a_wish_that_models_cannot_meet_skips_their_runs_before_anything_starts(job: Any) -> None:
+    publish_run(Tracker(), "unconditional", 10, 20)
+    result = job("--pending", *QUICK, "--guidance", "2")
+    assert result["text"] == ("unconditional skipped: --guidance 2: the model has no classes (--num-classes 0); give 1")
+    assert not ray.is_initialized()
+    assert result["exit_code"] == 0
+    with pytest.raises(UserError, match=r"^run 'unconditional': --guidance 2: the model has no classes"):
+        job("--run", "unconditional", *QUICK, "--guidance", "2")
+
+
+def test_a_model_folder_that_does_not_fit_its_reference_is_refused(job: Any, tmp_path: Path) -> None:
+    location = str(Path(os.environ["DDPM_HOME"]) / "data" / "digits")
+    write_model(tmp_path / "wide", name="wide", step=1, seed=0, location=location, image_size=16, image_channels=3)
+    words = ["--reference", "digits", *QUICK]
+    with pytest.raises(UserError, match=r"digits holds images of 1x8x8, .*wide makes 3x16x16; give a data set"):
+        job("--checkpoint", str(tmp_path / "wide"), *words)
+    with pytest.raises(UserError, match=r"--checkpoint .*nothing is no model: give a folder with ema.safetensors"):
+        job("--checkpoint", str(tmp_path / "nothing"), *words)
+
+
+def test_the_newest_comes_first_within_the_limits_and_a_champion_and_a_report_follow(job: Any) -> None:
+    run_id = publish_run(Tracker(), "limited", 10, 20)
+    assert job("--pending", *QUICK, "--max-minutes", "0.0000001")["evaluated"] == []
+    first = job("--pending", *QUICK, "--max-checkpoints", "1")
+    assert [entry["step"] for entry in first["evaluated"]] == [20]
+    assert "champion of ddpm: version 1, limited step 20 with fd_efficientnet_lite0" in first["champion"]
+    rest = job("--pending", *QUICK)
+    assert [entry["step"] for entry in rest["evaluated"]] == [10]
+    note = "40 generated images for features of length 1280"
+    assert note in rest["evaluated"][0]["note"]
+    stored = [record["protocol"]["note"] for entry in Tracker().checkpoints("1") for record in entry.results().values()]
+    assert [note in entry for entry in stored] == [True, True]
+    # A sheet was logged for each checkpoint, since training had logged none.
+    images = [file.path for file in Tracker().client.list_artifacts(run_id, "images") if file.path.endswith(".png")]
+    assert sorted(int(path.split("+")[2]) for path in images) == [10, 20]
+
+    page = job("--report", "ddpm")
+    text = Path(page["report"]).read_text()
+    assert page["results"] == 2
+    assert text.count("data:image/png;base64,") == 1
+    logged = Tracker().client.download_artifacts(page["run_id"], "report.html")
+    assert Path(logged).read_text() == text
+
+
+def test_a_watch_measures_what_comes_and_ctrl_c_ends_it_cleanly(job: Any) -> None:
+    tracker = Tracker()
+    publish_run(tracker, "first", 10)
+    with spawn("--pending", *QUICK, "--watch", "--interval", "1") as watch:
+        deadline = time.monotonic() + 120
+
+        def wait_for(run: str) -> None:
+            while not any(entry.results() for entry in tracker.checkpoints("1") if entry.run_name == run):
+                assert watch.poll() is None, watch.communicate()[1]
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+
+        wait_for("first")
+        publish_run(tracker, "second", 10)
+        wait_for("second")
+        watch.send_signal(signal.SIGINT)
+        stdout, stderr = watch.communicate(timeout=60)
+    assert watch.returncode == 0, stderr
+    assert [entry["run"] for entry in json.loads(stdout)["evaluated"]] == ["first", "second"]
+    assert "Traceback" not in stderr
+
+
+def test_a_schedule_that_fires_twice_finds_nothing_to_do_the_second_time(nodes: Cluster) -> None:
+    """The command of cron and systemd, as its file has it."""
+    prepare_digits()
+    publish_run(Tracker(), "scheduled", 10)
+    cron = (ROOT / "infra" / "schedules" / "evaluate.cron").read_text()
+    words = cron.partition("jobs/evaluate.py ")[2].partition(" 2>&1")[0].split()
+    assert words[0] == "--pending"
+    first = succeed("evaluate", *words, *QUICK, **nodes.environment)
+    assert [entry["run"] for entry in first["evaluated"]] == ["scheduled"]
+    second = succeed("evaluate", *words, *QUICK, RAY_ADDRESS="127.0.0.1:1")  # No cluster is there to be joined.
+    assert (second["evaluated"], second["failed"], second["exit_code"]) == ([], [], 0)
