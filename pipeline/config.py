@@ -262,14 +262,20 @@ class ClusterConfig:
 class SamplingConfig:
     """How noise becomes images."""
 
-    sampler: Literal["ddpm", "ddim"] = "ddim"
-    """ddpm: ancestral sampling (DDPM Alg. 2); ddim: DDIM with eta."""
+    sampler: Literal["ddpm", "ddim", "dpm-solver++", "heun"] = "ddim"
+    """ddpm: ancestral (DDPM Alg. 2); ddim: DDIM with eta; dpm-solver++ (2M) and heun (EDM): of second order."""
     sampling_steps: int = 50
-    """Network evaluations for each image, 1..T."""
+    """Network evaluations for each image, 1..T, whatever the sampler; guidance makes each twice as large."""
+    timestep_spacing: Literal["uniform", "quadratic", "logsnr"] | None = None
+    """Timesteps even in t, its root or log-SNR; default: logsnr for dpm-solver++ and heun, uniform for the others."""
     eta: float = 0.0
     """Noise of DDIM: 0 deterministic, 1 as much as ddpm with fixed-small."""
     variance: Literal["fixed-small", "fixed-large"] = "fixed-small"
     """Reverse variance of ddpm: the posterior's, or beta_t."""
+    x0_clipping: Literal["none", "clip", "dynamic"] = "clip"
+    """Predicted images: as they come, cut to [-1, 1], or scaled into it by dynamic thresholding (Imagen)."""
+    x0_percentile: float = 0.995
+    """Part of an image's values that dynamic thresholding brings into range without cutting."""
     sample_seed: int = 0
     """Seed of the noise (and classes) that images are made from."""
     guidance: float = 1.0
@@ -278,8 +284,14 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         _check(self.sampling_steps >= 1, "--sampling-steps", self.sampling_steps, "at least 1")
         _check(0 <= self.eta <= 1, "--eta", self.eta, "in [0, 1]")
+        _check(0 < self.x0_percentile <= 1, "--x0-percentile", self.x0_percentile, "above 0 and at most 1")
         _check(self.sample_seed >= 0, "--sample-seed", self.sample_seed, "at least 0")
         _check(0 <= self.guidance < math.inf, "--guidance", self.guidance, "at least 0 and finite")
+
+    @property
+    def spacing(self) -> str:
+        """The spacing of timesteps: the given one, or the sampler's default."""
+        return self.timestep_spacing or ("logsnr" if self.sampler in ("dpm-solver++", "heun") else "uniform")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,8 @@ A chunk's noise and classes are functions of ``(sample_seed, chunk)``. The chunk
 last bits of a network's output depend on the batch size (and on the number of threads, which the caller fixes).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,10 @@ from pipeline import draws
 from pipeline.config import SamplingConfig, TrainConfig
 from pipeline.diffusion.denoisers import Network, eps_denoiser, guided
 from pipeline.diffusion.noise_schedule import NoiseSchedule
-from pipeline.diffusion.samplers import ancestral, ddim, sampling_timesteps
+from pipeline.diffusion.samplers import SAMPLERS
+from pipeline.diffusion.solvers import heun_grid
+from pipeline.diffusion.stepping import LimitX0, clip, dynamic_threshold
+from pipeline.diffusion.timesteps import spaced_timesteps
 from pipeline.errors import UserError, WorldError
 from pipeline.images import to_uint8
 
@@ -79,16 +84,34 @@ def generate_chunk(
         return normal(draws.Purpose.SAMPLE_STEP, index)
 
     x_T = normal(draws.Purpose.SAMPLE)
-    timesteps = sampling_timesteps(schedule.T, config.sampling_steps)
     network = _told_classes(unet, config, trained.model.num_classes, size=shape[0], chunk=chunk, device=device)
     denoise = eps_denoiser(network, schedule, trained.model.prediction)
-    if config.sampler == "ddpm":
-        x_0 = ancestral(denoise, schedule, x_T, timesteps=timesteps, noise_at=noise_at, variance=config.variance)
-    else:
-        x_0 = ddim(denoise, schedule, x_T, timesteps=timesteps, noise_at=noise_at, eta=config.eta)
+    num_timesteps, options = _plan(config)
+    x_0 = SAMPLERS[config.sampler](
+        denoise,
+        schedule,
+        x_T,
+        timesteps=spaced_timesteps(schedule, num_timesteps, config.spacing),
+        noise_at=noise_at,
+        limit_x_0=_limit(config),
+        **options,
+    )
     if not bool(torch.isfinite(x_0).all()):
         raise WorldError(f"the network returned values that are not finite (chunk {chunk}); the weights are broken")
     return to_uint8(x_0).cpu()
+
+
+def _plan(config: SamplingConfig) -> tuple[int, dict[str, Any]]:
+    """How many timesteps make so many network evaluations, and the options that this sampler alone has."""
+    if config.sampler == "heun":
+        num_timesteps, num_corrected = heun_grid(config.sampling_steps)
+        return num_timesteps, {"num_corrected": num_corrected}
+    only: dict[str, dict[str, Any]] = {"ddpm": {"variance": config.variance}, "ddim": {"eta": config.eta}}
+    return config.sampling_steps, only.get(config.sampler, {})
+
+
+def _limit(config: SamplingConfig) -> LimitX0 | None:
+    return {"none": None, "clip": clip, "dynamic": dynamic_threshold(config.x0_percentile)}[config.x0_clipping]
 
 
 def labels_of_chunk(config: SamplingConfig, num_classes: int, *, size: int, chunk: int) -> Tensor:

@@ -150,7 +150,7 @@ def test_an_unknown_knob_offers_the_nearest():
 
 
 def test_a_knob_like_no_other_gets_the_list_of_all():
-    with pytest.raises(UserError, match=r"^unknown knob 'zzzz'; known: T, adam_eps, .*, worker_timeout_seconds$"):
+    with pytest.raises(UserError, match=r"^unknown knob 'zzzz'; known: T, adam_eps, .*, x0_percentile$"):
         from_flat(TrainConfig, {"zzzz": 1})
 
 
@@ -187,6 +187,7 @@ def test_an_override_is_checked_like_a_new_config():
         (ClusterConfig, {"cpus_per_worker": 0}, "--cpus-per-worker 0: must be at least 1"),
         (SamplingConfig, {"sampling_steps": 0}, "--sampling-steps 0: must be at least 1"),
         (SamplingConfig, {"eta": 1.1}, "--eta 1.1: must be in [0, 1]"),
+        (SamplingConfig, {"x0_percentile": 0.0}, "--x0-percentile 0.0: must be above 0 and at most 1"),
         (SamplingConfig, {"sample_seed": -1}, "--sample-seed -1: must be at least 0"),
         (ProtocolConfig, {"num_images": 1}, "--num-images 1: must be at least 2"),
         (ProtocolConfig, {"chunk_size": 0}, "--chunk-size 0: must be at least 1"),

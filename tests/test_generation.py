@@ -48,7 +48,7 @@ def greys(values: Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "x_0"])
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm-solver++", "heun"])
 def test_each_image_is_of_the_class_drawn_for_it(sampler: str, prediction: str) -> None:
     got, labels = painted(sampler=sampler, prediction=prediction)
     assert got.tolist() == greys(GREYS[labels])
@@ -61,6 +61,34 @@ def test_guidance_zero_ignores_the_class_and_more_than_one_overshoots_it(predict
     assert ignored.tolist() == greys(GREYS[-1:].expand(20))
     overshot, _ = painted(prediction=prediction, guidance=1.25)
     assert overshot.tolist() == greys(-1 + 1.25 * (GREYS[labels] + 1))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm-solver++", "heun"])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_sampling_steps_are_network_evaluations_whatever_the_sampler(sampler: str, steps: int) -> None:
+    trained = override(TrainConfig(), {"sampler": sampler, "sampling_steps": steps})
+    schedule, calls = build_schedule(trained.diffusion), []
+    painter = Painter(schedule, "eps", GREYS)
+    painter.register_forward_hook(lambda *_: calls.append(1))
+    generate_chunk(painter, schedule, trained.sampling, trained=trained, shape=SHAPE, chunk=0)
+    assert len(calls) == steps
+
+
+def test_predictions_out_of_range_are_cut_scaled_or_left_as_the_knob_says() -> None:
+    trained = override(TrainConfig(), {"prediction": "x_0", "sampling_steps": 1})
+    schedule = build_schedule(trained.diffusion)
+    ramp = torch.linspace(0, 2, 16).reshape(1, 1, 4, 4)
+    found = {}
+    for clipping in ("none", "clip", "dynamic"):
+        sampling = override(trained.sampling, {"x0_clipping": clipping, "x0_percentile": 1.0})
+        images = generate_chunk(
+            lambda x_t, t: ramp + 0 * x_t, schedule, sampling, trained=trained, shape=(1, 1, 4, 4), chunk=0
+        )
+        found[clipping] = images.flatten().tolist()
+    # The way over eps and back rounds, which may move a value across the border of a grey level.
+    assert found["none"] == pytest.approx(greys(ramp.clamp(max=1)), abs=1)
+    assert found["clip"] == pytest.approx(greys(ramp.clamp(max=1)), abs=1)
+    assert found["dynamic"] == pytest.approx(greys(ramp / 2), abs=1)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "x_0"])

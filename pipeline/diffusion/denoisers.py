@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pipeline.diffusion.noise_schedule import NoiseSchedule
 from pipeline.diffusion.process import as_eps
-from pipeline.diffusion.samplers import Denoiser
+from pipeline.diffusion.stepping import Denoiser
 
 __all__ = ["Network", "eps_denoiser", "guided"]
 

@@ -3,10 +3,10 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-from pipeline.config import EvaluateConfig
+from pipeline.config import EvaluateConfig, SamplingConfig
 from pipeline.evaluation.features import FeatureExtractor
 from pipeline.images import ROUNDING
 
@@ -37,9 +37,12 @@ class Protocol:
     sampler: str
     """With the options that this sampler has."""
     sampling_steps: int
+    """Network evaluations for each image."""
     sample_seed: int
     guidance: float = 1.0
-    """Left out of record and identity where it is 1, so that results from before it existed stay valid."""
+    timestep_spacing: str = "uniform"
+    x0_clipping: str = "clip"
+    """With the percentile of dynamic thresholding."""
 
     @classmethod
     def of(
@@ -47,7 +50,6 @@ class Protocol:
     ) -> "Protocol":
         """The protocol of an evaluation of some weights, whose metric has their suffix."""
         sampling = config.sampling
-        option = f"eta={sampling.eta:g}" if sampling.sampler == "ddim" else sampling.variance
         return cls(
             metric=extractor.metric + suffix,
             features=extractor.name,
@@ -60,10 +62,12 @@ class Protocol:
             threads=config.cluster.cpus_per_worker,
             device="cuda" if config.cluster.use_gpu else "cpu",
             weights=weights,
-            sampler=f"{sampling.sampler}({option})",
+            sampler=_sampler_words(sampling),
             sampling_steps=sampling.sampling_steps,
             sample_seed=sampling.sample_seed,
             guidance=sampling.guidance,
+            timestep_spacing=sampling.spacing,
+            x0_clipping=_clipping_words(sampling),
         )
 
     @property
@@ -74,24 +78,33 @@ class Protocol:
     def to_record(self) -> Mapping[str, str | int | float]:
         """The protocol as JSON values."""
         record = asdict(self)
-        if self.guidance == 1:
-            del record["guidance"]
-        return record
+        return {key: value for key, value in record.items() if _LATER.get(key) != value}
+
+
+_LATER = {field.name: field.default for field in fields(Protocol) if field.default is not MISSING}
+"""Fields younger than the first results: at their default they are left out, so that those keep their identity."""
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two protocols' records, in words; empty if their numbers may be compared."""
-    fields = [name for name in dict.fromkeys([*now, *then]) if name not in _NOT_PROTOCOL]
-    unlike = [name for name in fields if then.get(name, _DEFAULTS.get(name)) != now.get(name, _DEFAULTS.get(name))]
+    names = [name for name in dict.fromkeys([*now, *then]) if name not in _NOT_PROTOCOL]
+    unlike = [name for name in names if then.get(name, _LATER.get(name)) != now.get(name, _LATER.get(name))]
     return [
-        f"{name} is {_short(then.get(name, _DEFAULTS.get(name)))} and {_short(now.get(name, _DEFAULTS.get(name)))}"
+        f"{name} is {_short(then.get(name, _LATER.get(name)))} and {_short(now.get(name, _LATER.get(name)))}"
         for name in unlike
     ]
-
-
-_DEFAULTS = {"guidance": 1.0}
 
 
 def _short(value: Any) -> str:
     text = str(value)
     return f"{text[:12]}..." if len(text) == 64 else text  # a sha256
+
+
+def _sampler_words(sampling: SamplingConfig) -> str:
+    options = {"ddim": f"(eta={sampling.eta:g})", "ddpm": f"({sampling.variance})", "dpm-solver++": "(2M)"}
+    return sampling.sampler + options.get(sampling.sampler, "")
+
+
+def _clipping_words(sampling: SamplingConfig) -> str:
+    dynamic = sampling.x0_clipping == "dynamic"
+    return f"dynamic({sampling.x0_percentile:g})" if dynamic else sampling.x0_clipping

@@ -51,8 +51,11 @@ _MAY_CHANGE = {
     "data",  # compared by digest, so that a data set may move
     "sampler",
     "sampling_steps",
+    "timestep_spacing",
     "eta",
     "variance",
+    "x0_clipping",
+    "x0_percentile",
     "sample_seed",
     "guidance",
     "allow_signal_at_T",

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from pipeline.diffusion.noise_schedule import NoiseSchedule, make_schedule
 from pipeline.diffusion.process import q_sample
-from pipeline.diffusion.samplers import ancestral, ddim, sampling_timesteps
+from pipeline.diffusion.samplers import ancestral, ddim
+from pipeline.diffusion.solvers import dpm_solver_pp_2m
+from pipeline.diffusion.timesteps import sampling_timesteps
 from pipeline.diffusion.unet import UNet
 
 diffusers = pytest.importorskip("diffusers")
@@ -125,6 +127,21 @@ def test_ancestral_sampling_equals_their_ddpm_scheduler(variance: str, num_steps
     x_T, *noise = noises(num_steps)
     got = ancestral(wavy_denoiser, schedule, x_T, timesteps=timesteps, noise_at=lambda i: noise[i], variance=variance)
     torch.testing.assert_close(got, x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_steps", [50, 13, 3, 2])
+def test_dpm_solver_equals_their_multistep_scheduler_of_second_order(num_steps: int) -> None:
+    schedule = make_schedule("linear", T=50)
+    options = {"trained_betas": schedule.betas.numpy(), "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
+    scheduler = diffusers.DPMSolverMultistepScheduler(num_train_timesteps=50, solver_order=2, **options)
+    timesteps = sampling_timesteps(50, num_steps)
+    scheduler.set_timesteps(timesteps=timesteps)
+    x_T, *_ = noises(1)
+    x = x_T
+    for t in timesteps:
+        x = scheduler.step(wavy_denoiser(x, torch.tensor([t, t])), t, x).prev_sample
+    got = dpm_solver_pp_2m(wavy_denoiser, schedule, x_T, timesteps=timesteps, limit_x_0=None)
+    torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4 * float(x.abs().max()))
 
 
 @pytest.mark.parametrize("num_steps", [50, 10, 5])

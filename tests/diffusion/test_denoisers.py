@@ -7,7 +7,8 @@ from torch import Tensor
 from pipeline.diffusion.denoisers import eps_denoiser, guided
 from pipeline.diffusion.noise_schedule import NoiseSchedule, make_schedule
 from pipeline.diffusion.process import PREDICTIONS
-from pipeline.diffusion.samplers import SAMPLERS, sampling_timesteps
+from pipeline.diffusion.samplers import SAMPLERS
+from pipeline.diffusion.timesteps import sampling_timesteps
 
 T = 100
 
@@ -33,7 +34,7 @@ def noise_of(shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[int], Tens
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("num_steps", [1, 7, T])
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-@pytest.mark.parametrize("sampler", [("ddpm", {}), ("ddim", {"eta": 0.0}), ("ddim", {"eta": 1.0, "clip_x_0": False})])
+@pytest.mark.parametrize("sampler", [("ddpm", {}), ("ddim", {"eta": 0.0}), ("ddim", {"eta": 1.0, "limit_x_0": None})])
 def test_every_sampler_reaches_the_image_that_the_network_knows_whatever_it_predicts(
     prediction: str, num_steps: int, name: str, sampler: tuple[str, dict[str, object]]
 ) -> None:
@@ -62,7 +63,7 @@ def test_in_float32_the_way_over_eps_costs_less_than_a_grey_level_where_least_si
         x_T,
         timesteps=[999],
         noise_at=lambda i: x_T,
-        clip_x_0=False,
+        limit_x_0=None,
     )
     assert float((got - x_0).abs().max()) < 2 / 255
 

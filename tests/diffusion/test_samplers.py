@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion.noise_schedule import NoiseSchedule, make_schedule
-from pipeline.diffusion.samplers import SAMPLERS, Denoiser, ancestral, ddim, sampling_timesteps
+from pipeline.diffusion.samplers import SAMPLERS, ancestral, ddim
+from pipeline.diffusion.stepping import Denoiser, clip
+from pipeline.diffusion.timesteps import sampling_timesteps
 from pipeline.errors import UserError
 
 
@@ -67,7 +69,7 @@ def test_ddim_with_eta_one_at_all_steps_equals_ancestral_fixed_small(
     schedule = make_schedule("linear", T=100)
     denoise = wavy_denoiser if clip_x_0 else gaussian_denoiser(schedule, 0.2, 0.5)
     noise_at = noise_table(101, (2, 3, 4, 4), dtype)
-    options = {"timesteps": sampling_timesteps(100, 100), "noise_at": noise_at, "clip_x_0": clip_x_0}
+    options = {"timesteps": sampling_timesteps(100, 100), "noise_at": noise_at, "limit_x_0": clip if clip_x_0 else None}
     small = ancestral(denoise, schedule, noise_at(100), variance="fixed-small", **options)
     eta_one = ddim(denoise, schedule, noise_at(100), eta=1.0, **options)
     assert small.dtype == dtype
@@ -86,7 +88,14 @@ def test_ddim_with_eta_one_equals_ancestral_fixed_small_on_a_respaced_schedule_t
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 100])
 @pytest.mark.parametrize(
-    "options", [("ddpm", {"variance": "fixed-small"}), ("ddpm", {"variance": "fixed-large"}), ("ddim", {"eta": 0.5})]
+    "options",
+    [
+        ("ddpm", {"variance": "fixed-small"}),
+        ("ddpm", {"variance": "fixed-large"}),
+        ("ddim", {"eta": 0.5}),
+        ("dpm-solver++", {}),
+        ("heun", {}),
+    ],
 )
 def test_the_true_noise_of_a_point_leads_to_the_point(options: tuple[str, dict[str, object]], num_steps: int) -> None:
     schedule, noise_at = make_schedule("linear", T=100), noise_table(101, (2, 1, 2, 2), torch.float64)
@@ -116,7 +125,7 @@ def moments(sample: Callable[..., Tensor], T: int, mean: float, std: float, **op
         impulses[:, T],
         timesteps=sampling_timesteps(T, T),
         noise_at=lambda i: impulses[:, i],
-        clip_x_0=False,
+        limit_x_0=None,
         **options,
     ).flatten()
     return float(out[0]), float((out[1:] - out[0]).square().sum())
@@ -153,7 +162,7 @@ def test_drawn_samples_have_the_moments_of_the_data() -> None:
         noise_at(200),
         timesteps=sampling_timesteps(200, 200),
         noise_at=noise_at,
-        clip_x_0=False,
+        limit_x_0=None,
         variance="fixed-small",
     )
     assert float(x_0.mean()) == pytest.approx(0.3, abs=0.02)
@@ -166,7 +175,7 @@ def test_clipping_keeps_samples_in_range_and_not_clipping_does_not(name: str, nu
     schedule, noise_at = make_schedule("linear", T=50), noise_table(51, (2, 3, 4, 4), torch.float32)
     options = {"timesteps": sampling_timesteps(50, num_steps), "noise_at": noise_at}
     clipped = SAMPLERS[name](wavy_denoiser, schedule, noise_at(50), **options)
-    free = SAMPLERS[name](wavy_denoiser, schedule, noise_at(50), clip_x_0=False, **options)
+    free = SAMPLERS[name](wavy_denoiser, schedule, noise_at(50), limit_x_0=None, **options)
     assert float(clipped.abs().max()) <= 1
     assert float(free.abs().max()) > 1
 

@@ -2,6 +2,9 @@
 
 from dataclasses import replace
 
+import pytest
+
+from pipeline.config import EvaluateConfig, SamplingConfig
 from pipeline.evaluation.protocol import Protocol, differences
 
 PROTOCOL = Protocol(
@@ -43,3 +46,31 @@ def test_what_differs_between_two_protocols_is_named_and_what_is_stored_beside_t
         "num_images is 2000 and 500",
         "guidance is 1.0 and 2.0",
     ]
+
+
+class Extractor:
+    metric, name, sha256, resize, dim = "fid", "inception", "0" * 64, "299", 2048
+
+
+def record(**knobs: object) -> dict[str, object]:
+    config = EvaluateConfig(pending=True, sampling=SamplingConfig(**knobs))  # type: ignore[arg-type]
+    return dict(Protocol.of(config, Extractor(), "d" * 64, "ema").to_record())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "added"),
+    [
+        ({}, {"sampler": "ddim(eta=0)"}),
+        ({"sampler": "ddpm"}, {"sampler": "ddpm(fixed-small)"}),
+        ({"sampler": "dpm-solver++"}, {"sampler": "dpm-solver++(2M)", "timestep_spacing": "logsnr"}),
+        ({"sampler": "heun", "timestep_spacing": "quadratic"}, {"sampler": "heun", "timestep_spacing": "quadratic"}),
+        ({"sampler": "heun", "timestep_spacing": "uniform"}, {"sampler": "heun"}),
+        ({"x0_clipping": "none"}, {"x0_clipping": "none"}),
+        ({"x0_clipping": "dynamic", "x0_percentile": 0.99}, {"x0_clipping": "dynamic(0.99)"}),
+        ({"x0_percentile": 0.99}, {}),
+    ],
+)
+def test_a_sampler_is_recorded_with_what_it_has_and_defaults_of_younger_knobs_leave_no_trace(
+    knobs: dict[str, object], added: dict[str, object]
+) -> None:
+    assert record(**knobs) == record() | added
