@@ -19,6 +19,7 @@ import tyro
 from pipeline.errors import UserError
 
 __all__ = [
+    "METRICS",
     "ClusterConfig",
     "ComputeConfig",
     "DataConfig",
@@ -39,6 +40,9 @@ __all__ = [
     "override",
     "to_flat",
 ]
+
+METRICS = ("fd", "fd-interval", "fd-infinity", "kid", "prdc", "is")
+"""What an evaluation can measure."""
 
 Flat = dict[str, Any]
 Switch = tyro.conf.FlagCreatePairsOff[bool]
@@ -298,8 +302,10 @@ class SamplingConfig:
 class ProtocolConfig:
     """How images are compared with the data set."""
 
-    features: Literal["efficientnet-lite0", "inception"] = "efficientnet-lite0"
-    """Feature network: inception gives the FID; efficientnet-lite0 is embedded, its metric is another."""
+    features: str = "efficientnet-lite0"
+    """Feature network: inception gives the FID; efficientnet-lite0 is embedded; module:URI is a TorchScript file."""
+    features_sha256: str | None = None
+    """Of the file of --features module:URI, which is a program: its hash says whom you trust."""
     inception_weights: str | None = None
     """The FID network's public weight file of 2015: a path or s3:// URI."""
     num_images: int = 2000
@@ -308,6 +314,8 @@ class ProtocolConfig:
     """Images generated together; part of the protocol, since it changes the last bits of the images."""
 
     def __post_init__(self) -> None:
+        known = self.features in ("efficientnet-lite0", "inception") or self.features.startswith("module:")
+        _check(known, "--features", self.features, "efficientnet-lite0, inception or module:URI")
         _check(self.num_images >= 2, "--num-images", self.num_images, "at least 2")
         _check(self.chunk_size >= 1, "--chunk-size", self.chunk_size, "at least 1")
 

@@ -33,6 +33,9 @@ class Purpose(IntEnum):
     HOLDOUT = 11
     LABEL_DROPOUT = 12
     SAMPLE_LABEL = 13
+    REFERENCE_SAMPLE = 14
+    BOUND_TIMESTEP = 15
+    BOUND_NOISE = 16
 
 
 def generator(seed: int, purpose: Purpose, *indices: int) -> np.random.Generator:

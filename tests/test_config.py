@@ -188,6 +188,7 @@ def test_an_override_is_checked_like_a_new_config():
         (SamplingConfig, {"sampling_steps": 0}, "--sampling-steps 0: must be at least 1"),
         (SamplingConfig, {"eta": 1.1}, "--eta 1.1: must be in [0, 1]"),
         (SamplingConfig, {"x0_percentile": 0.0}, "--x0-percentile 0.0: must be above 0 and at most 1"),
+        (ProtocolConfig, {"features": "vgg"}, "--features vgg: must be efficientnet-lite0, inception or module:URI"),
         (SamplingConfig, {"sample_seed": -1}, "--sample-seed -1: must be at least 0"),
         (ProtocolConfig, {"num_images": 1}, "--num-images 1: must be at least 2"),
         (ProtocolConfig, {"chunk_size": 0}, "--chunk-size 0: must be at least 1"),

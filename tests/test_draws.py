@@ -121,6 +121,9 @@ def test_purposes_keep_their_numbers():
         "HOLDOUT": 11,
         "LABEL_DROPOUT": 12,
         "SAMPLE_LABEL": 13,
+        "REFERENCE_SAMPLE": 14,
+        "BOUND_TIMESTEP": 15,
+        "BOUND_NOISE": 16,
     }
 
 

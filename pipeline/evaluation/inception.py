@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-__all__ = ["DIM", "RESIZE", "SHA256", "Inception", "resize_like_tensorflow1"]
+__all__ = ["DIM", "NUM_CLASSES", "RESIZE", "SHA256", "Inception", "resize_like_tensorflow1"]
 
 DIM = 2048
+NUM_CLASSES = 1008
 RESIZE = "bilinear as in TensorFlow 1 (no half-pixel centres, no antialiasing) to 299x299, (x - 128) / 128"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
@@ -55,7 +56,7 @@ class Inception(nn.Module):
     """The network up to its last pool, batch norms folded into the convolutions, always in evaluation mode.
 
     Args:
-        state_dict: The public state dict: 94 convolutions with their batch norms. The classifier (``fc.*``) is ignored.
+        state_dict: The public state dict: 94 convolutions with their batch norms, and the classifier (``fc.weight``).
 
     Raises:
         ValueError: Keys are missing, unknown, or of another shape.
@@ -79,6 +80,8 @@ class Inception(nn.Module):
         self.Mixed_7a = _BlockD(768)
         self.Mixed_7b = _BlockE(1280)
         self.Mixed_7c = _BlockE(2048, max_pool=True)
+        self.head: Tensor | None
+        self.register_buffer("head", None)
         self._load(state_dict)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -96,6 +99,19 @@ class Inception(nn.Module):
         features: Tensor = x.mean((2, 3))
         return features
 
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits of the classifier without its bias, [B, 1008], as every implementation of the Inception score takes.
+
+        Args:
+            features: What ``forward`` gave, float32 [B, 2048].
+
+        Raises:
+            ValueError: The state dict has no classifier.
+        """
+        if self.head is None:
+            raise ValueError("this state dict of the FID Inception-v3 has no classifier 'fc.weight'")
+        return features.to(self.head.device) @ self.head.T
+
     def train(self, mode: bool = True) -> "Inception":
         """Stays in evaluation mode whatever is asked: statistics of the batch would change the features."""
         return super().train(False)
@@ -110,6 +126,10 @@ class Inception(nn.Module):
             if isinstance(module, _Conv):
                 module.fold()
         self.float().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        head = state_dict.get("fc.weight")
+        if head is not None and head.shape != (NUM_CLASSES, DIM):
+            raise ValueError(f"the classifier 'fc.weight' has shape {list(head.shape)}, not {[NUM_CLASSES, DIM]}")
+        self.head = None if head is None else head.detach().float().clone()
 
 
 def _check_keys(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:

@@ -43,6 +43,8 @@ class Protocol:
     timestep_spacing: str = "uniform"
     x0_clipping: str = "clip"
     """With the percentile of dynamic thresholding."""
+    settings: str = ""
+    """What a metric other than the Frechet distance depends on as well."""
 
     @classmethod
     def of(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.errors import WorldError
 
-__all__ = ["FeatureStatistics", "frechet_distance", "gaussian_frechet_distance"]
+__all__ = ["FeatureStatistics", "covariance_root", "frechet_distance", "gaussian_frechet_distance"]
 
 
 @dataclass(eq=False)
@@ -185,6 +185,19 @@ def _trace_of_root(a: Tensor, b: Tensor) -> float:
     # thousand. So a singular matrix gets a factor without its null space, and singular values need no square root.
     root_a, root_b = (_thin_root(x) if root is None else root for x, root in ((a, root_a), (b, root_b)))
     return float(torch.linalg.svdvals(root_a.T @ root_b).sum())
+
+
+def covariance_root(covariance: Tensor) -> Tensor:
+    """A factor F [d, rank] with F F' = covariance: Cholesky's if the matrix has full rank, else without its null space.
+
+    Args:
+        covariance: Symmetric, positive semidefinite, float64 [d, d].
+
+    Raises:
+        ValueError: It has a negative eigenvalue.
+    """
+    root = _cholesky(covariance)
+    return _thin_root(covariance) if root is None else root
 
 
 def _cholesky(covariance: Tensor) -> Tensor | None:

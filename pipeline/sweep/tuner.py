@@ -18,7 +18,7 @@ from pipeline import cluster, storage
 from pipeline.config import ClusterConfig, EvaluateConfig, TrainConfig, TuneConfig, as_params, changes, to_flat
 from pipeline.errors import UserError, WorldError, first_line
 from pipeline.evaluation.evaluator import evaluate_last
-from pipeline.evaluation.features import METRICS, load_extractor
+from pipeline.evaluation.features import extractor_of, metric_of
 from pipeline.provenance import code_record
 from pipeline.sweep.report import SweepResult, TrialResult
 from pipeline.sweep.space import Trial, search_space
@@ -76,7 +76,7 @@ def tune(config: TuneConfig, name: str, tracker: Tracker) -> SweepResult:
     trials, refused = search_space(config)
     for trial in trials:
         plan(trial.config(config.base, name))
-    load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
+    extractor_of(config.protocol)
     _refuse_another_sweep(config, name, tracker)
     workers = config.base.cluster
     parent = tracker.start_run(
@@ -99,7 +99,7 @@ def tune(config: TuneConfig, name: str, tracker: Tracker) -> SweepResult:
         result = SweepResult(
             name=name,
             run_id=parent.run_id,
-            metric=METRICS[config.protocol.features],
+            metric=metric_of(config.protocol.features),
             identity=next((identity for _, identity in results if identity), ""),
             trials=[trial for trial, _ in results],
             refused=refused,

@@ -116,6 +116,62 @@ def test_a_missing_weights_file_is_refused_by_name(tmp_path: Path):
         load_extractor("inception", weights=str(tmp_path / "none.pth"))
 
 
+class _Flat(torch.nn.Module):
+    """A module of 12 features: the means of 2x2 tiles of each channel."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images.double(), 2).flatten(1)
+
+
+class _Picture(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float()
+
+
+def _saved(module: torch.nn.Module, path: Path) -> str:
+    torch.jit.save(torch.jit.script(module), str(path))
+    return sha256_hex(path.read_bytes())
+
+
+def test_a_torchscript_module_is_an_extractor_named_by_its_file(tmp_path: Path):
+    sha256 = _saved(_Flat(), tmp_path / "My Flat-v2.pt")
+    extractor = load_extractor(f"module:{tmp_path}/My Flat-v2.pt", sha256=sha256.upper())
+    assert (extractor.name, extractor.metric) == ("module:My Flat-v2", "fd_module_my_flat_v2")
+    assert (extractor.dim, extractor.sha256) == (12, sha256)
+    images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+    features = extractor(images)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features, _Flat()(images.expand(-1, 3, -1, -1)).float())
+    assert extractor.to("cpu") is extractor
+
+
+def test_a_module_with_another_sha256_is_refused_before_anything_parses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "flat.pt"
+    actual = _saved(_Flat(), path)
+    monkeypatch.setattr(torch.jit, "load", lambda *_args, **_kwargs: pytest.fail("the file was parsed"))
+    with pytest.raises(UserError, match=f"has sha256 {actual}, expected {'0' * 64}"):
+        load_extractor(f"module:{path}", sha256="0" * 64)
+    with pytest.raises(UserError, match="needs --features-sha256: a TorchScript file is a program"):
+        load_extractor(f"module:{path}")
+
+
+def test_a_file_that_gives_no_features_is_refused_with_what_is_wanted(tmp_path: Path):
+    path = tmp_path / "picture.pt"
+    sha256 = _saved(_Picture(), path)
+    with pytest.raises(UserError, match=r"gives torch\.float32 \[2, 3, 32, 32\] for 2 images; a module for"):
+        load_extractor(f"module:{path}", sha256=sha256)
+    path.write_bytes(b"not a module")
+    with pytest.raises(UserError, match="is no TorchScript file"):
+        load_extractor(f"module:{path}", sha256=sha256_hex(b"not a module"))
+
+
+def test_a_sha256_for_an_extractor_that_has_a_published_one_is_refused():
+    with pytest.raises(UserError, match="goes with --features module:URI"):
+        load_extractor("efficientnet-lite0", sha256="0" * 64)
+
+
 def test_weights_for_an_extractor_that_brings_its_own_are_refused():
     with pytest.raises(UserError, match="brings its own weights"):
         load_extractor("efficientnet-lite0", weights="weights.pth")

@@ -1,7 +1,3 @@
-import importlib.machinery
-import importlib.util
-import sys
-import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,34 +5,6 @@ import pytest
 import torch
 
 from pipeline.evaluation.inception import Inception, resize_like_tensorflow1
-
-_STUBS = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.datasets")
-
-
-@pytest.fixture(scope="module")
-def torch_fidelity() -> Any:
-    """The oracle. It imports torchvision for data sets that are not used here, so a stub will do."""
-    before = {name: sys.modules.get(name) for name in _STUBS}
-    try:
-        if importlib.util.find_spec("torchvision") is None:
-            for name in _STUBS:
-                _install_stub(name)
-            sys.modules["torchvision.datasets"].__dict__.update(CIFAR10=object, CIFAR100=object, STL10=object)
-        return pytest.importorskip("torch_fidelity", reason="the oracle torch-fidelity is not installed")
-    finally:
-        for name, module in before.items():
-            if module is None:
-                sys.modules.pop(name, None)
-
-
-def _install_stub(name: str) -> None:
-    module = types.ModuleType(name)
-    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-    module.__path__ = []
-    sys.modules[name] = module
-    parent, _, child = name.rpartition(".")
-    if parent:
-        setattr(sys.modules[parent], child, module)
 
 
 def _randomize(state_dict: dict[str, torch.Tensor]) -> None:
@@ -61,7 +29,7 @@ def oracle(torch_fidelity: Any) -> Iterator[Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "load_state_dict_from_url", lambda *_args, **_kwargs: {})
-        yield RandomInception("random", ["2048"])
+        yield RandomInception("random", ["2048", "logits_unbiased"])
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +63,20 @@ def test_features_of_images_that_are_not_square_and_must_shrink_are_those_of_tor
     images = _images(1, 3, 310, 57)
     with torch.no_grad():
         assert _relative_error(network(images), oracle(images)[0]) < 1e-5
+
+
+def test_logits_are_those_of_torch_fidelity_without_the_bias(oracle: Any, network: Inception):
+    images = _images(3, 3, 32, 32)
+    with torch.no_grad():
+        logits = network.logits(network(images))
+    assert logits.shape == (3, 1008)
+    assert _relative_error(logits, oracle(images)[1]) < 1e-5
+
+
+def test_a_state_dict_without_classifier_gives_features_but_no_logits(oracle: Any):
+    state_dict = {key: value for key, value in oracle.state_dict().items() if not key.startswith("fc.")}
+    with pytest.raises(ValueError, match="no classifier"):
+        Inception(state_dict).logits(torch.zeros(1, 2048))
 
 
 def test_the_state_dict_has_the_566_keys_of_the_public_file(oracle: Any):
