@@ -41,7 +41,8 @@ __all__ = [
     "to_flat",
 ]
 
-METRICS = ("fd", "fd-interval", "fd-infinity", "kid", "prdc", "is")
+Metric = Literal["fd", "fd-interval", "fd-infinity", "kid", "prdc", "is"]
+METRICS: tuple[str, ...] = typing.get_args(Metric)
 """What an evaluation can measure."""
 
 Flat = dict[str, Any]
@@ -453,6 +454,8 @@ class EvaluateConfig:
     """Registered model whose alias champion goes to the experiment's best model; default: the experiment's name."""
     champion_margin: float = 0.02
     """A new champion must be better by this part of the old one's distance, where its uncertainty is not known."""
+    metrics: tuple[Metric, ...] = ("fd",)
+    """What to measure on one pass over the images; prdc is precision, recall, density and coverage."""
     ema_width: float | None = None
     """Instead of the EMA: an average of this relative width, made from the run's --ema-power averages, e.g. 0.08."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -484,6 +487,9 @@ class EvaluateConfig:
             _check(0 < self.max_minutes < math.inf, "--max-minutes", self.max_minutes, "above 0")
         _check(0 < self.interval < math.inf, "--interval", self.interval, "above 0")
         _check(0 <= self.champion_margin < 1, "--champion-margin", self.champion_margin, "in [0, 1)")
+        _check(len(self.metrics) > 0, "--metrics", "(none)", f"some of {' '.join(METRICS)}")
+        if "is" in self.metrics and self.protocol.features != "inception":
+            raise UserError(f"--metrics is: {self.protocol.features} tells no classes; give --features inception")
         if self.ema_width is not None:
             _check(0 < self.ema_width < 0.28, "--ema-width", self.ema_width, "above 0 and below 0.28")
 

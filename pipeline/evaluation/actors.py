@@ -18,7 +18,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.shards import read_images
 from pipeline.errors import WorldError
 from pipeline.evaluation.crew import Crew
-from pipeline.evaluation.features import load_extractor
+from pipeline.evaluation.features import extractor_of
 from pipeline.generation import generate_chunk
 from pipeline.model_folder import EMA_FILE, META_FILE, Meta, build_schedule, build_unet, load_tensors, read_meta
 
@@ -59,7 +59,7 @@ class ChunkActor:
     def __init__(self, protocol: ProtocolConfig, threads: int, use_gpu: bool) -> None:
         torch.set_num_threads(threads)
         self._device = torch.device("cuda" if use_gpu else "cpu")
-        self._extractor = load_extractor(protocol.features, weights=protocol.inception_weights, device=self._device)
+        self._extractor = extractor_of(protocol, self._device)
         self._loaded: tuple[str, Any, Any, Any] | None = None
 
     def ready(self) -> None:

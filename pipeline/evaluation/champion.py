@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.config import EvaluateConfig
-from pipeline.evaluation.features import load_extractor
+from pipeline.evaluation.features import extractor_of
 from pipeline.evaluation.protocol import differences
 from pipeline.evaluation.selection import protocol_of
 from pipeline.evaluation.weights import Candidate
@@ -66,7 +66,7 @@ def registered_name(config: EvaluateConfig, experiment: str) -> str:
 
 def _scored(config: EvaluateConfig, checkpoints: Sequence[Checkpoint], present: str | None) -> Scored:
     """Results of one protocol: the champion's, else that of the newest checkpoint that has one."""
-    extractor = load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
+    extractor = extractor_of(config.protocol)
     by_identity: dict[str, dict[str, tuple[float, Checkpoint]]] = {}
     for checkpoint in checkpoints:
         if "data.digest" not in checkpoint.tags:
@@ -85,7 +85,7 @@ def _say_why_not(config: EvaluateConfig, checkpoints: Sequence[Checkpoint], pres
     if champion is None:
         logger.info("the champion of %s is no checkpoint of this experiment; it stays", name)
         return
-    extractor = load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
+    extractor = extractor_of(config.protocol)
     wanted = protocol_of(config, Candidate(checkpoint=champion), extractor).to_record()
     known: list[Mapping[str, Any]] = [result["protocol"] for result in champion.results().values()]
     nearest = min((differences(record, wanted) for record in known), key=len, default=["it has no result"])
@@ -93,4 +93,4 @@ def _say_why_not(config: EvaluateConfig, checkpoints: Sequence[Checkpoint], pres
 
 
 def _metric(config: EvaluateConfig) -> str:
-    return load_extractor(config.protocol.features, weights=config.protocol.inception_weights).metric
+    return extractor_of(config.protocol).metric

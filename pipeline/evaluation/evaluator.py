@@ -3,18 +3,18 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from pipeline.config import EvaluateConfig
 from pipeline.errors import UserError, WorldError
 from pipeline.evaluation.actors import Workers, open_workers
-from pipeline.evaluation.features import FeatureExtractor, load_extractor
+from pipeline.evaluation.features import FeatureExtractor, extractor_of
 from pipeline.evaluation.measure import Model, OutOfTimeError, measure, reference_of
 from pipeline.evaluation.outcome import Evaluation, Failure, Outcome, Skipped
 from pipeline.evaluation.protocol import Protocol
-from pipeline.evaluation.selection import fitting, images_location, protocol_of, select, selected
+from pipeline.evaluation.selection import fitting, images_location, lacking, protocol_of, protocols_of, select, selected
 from pipeline.evaluation.weights import Candidate, fetch
 from pipeline.provenance import code_record
 from pipeline.storage import UnreachableError
@@ -68,7 +68,7 @@ def evaluate(
     """
     if not todo:
         return Outcome()
-    extractor = load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
+    extractor = extractor_of(config.protocol)
     evaluated: list[Evaluation] = []
     failed: list[Failure] = []
     skipped: list[Skipped] = []
@@ -107,11 +107,10 @@ def evaluate_last(config: EvaluateConfig, run: str, tracker: Tracker) -> Evaluat
         if outcome.evaluated:
             return outcome.evaluated[0]
         time.sleep(_SECONDS_BETWEEN_LOOKS)  # Another evaluator is at it.
-    extractor = load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
+    extractor = extractor_of(config.protocol)
     candidate = selected(config, tracker)[0]
-    protocol = protocol_of(config, candidate, extractor)
-    stored = candidate.checkpoint.result(protocol.identity)
-    return _evaluation(config, candidate.checkpoint, protocol, stored["metrics"][protocol.metric], seconds=0.0)
+    protocols = protocols_of(config, protocol_of(config, candidate, extractor), extractor)
+    return _evaluation(config, candidate.checkpoint, protocols, _stored(candidate.checkpoint, protocols), seconds=0.0)
 
 
 def free(
@@ -153,7 +152,7 @@ def _leased(
     """Evaluates a checkpoint unless somebody else does; None if the time is over."""
     candidate = replace(candidate, checkpoint=tracker.refresh(candidate.checkpoint))
     protocol = protocol_of(config, candidate, extractor)
-    if candidate.checkpoint.has_result(protocol.identity) and config.save_images is None:
+    if not lacking(config, candidate, extractor) and config.save_images is None:
         return _skipped(candidate, "another evaluator has measured it meanwhile")
     stands = standing(candidate.checkpoint, protocol.identity)
     if (obstacle := _obstacle(config, stands)) is not None:
@@ -198,6 +197,9 @@ def _evaluate_one(
         meta=files.read_meta(),
         images=images_location(config, candidate.name),
     )
+    protocols = protocols_of(config, protocol, extractor)
+    # Where nothing is lacking only the images are wanted; their metrics are not logged again.
+    missing = lacking(config, candidate, extractor)
     wants_sheet = candidate.width is None and not tracker.has_sheet(checkpoint)
     found = measure(
         config,
@@ -205,25 +207,41 @@ def _evaluate_one(
         reference_of(location, model, digest=protocol.reference_digest),
         location,
         protocol=protocol,
+        metrics=missing,
         extractor=extractor,
         workers=workers,
         after_chunk=partial(_after_chunk, lease, deadline),
         on_sheet=partial(tracker.log_sheet, checkpoint) if wants_sheet else None,
     )
-    code = code_record()
-    record = {**protocol.to_record(), "code": code.get("git_commit", code["source_sha256"])}
-    if profile_error is not None:
-        record["ema_profile_error"] = f"{profile_error:.2g}"
-    if found.note:
-        record["note"] = found.note
-    if not checkpoint.has_result(protocol.identity):  # Else only the images were wanted.
+    for metric, own in missing.items():
+        record = {**own.to_record(), "code": _code()}
+        if profile_error is not None:
+            record["ema_profile_error"] = f"{profile_error:.2g}"
+        if found.note:
+            record["note"] = found.note
         lease.check()
-        tracker.log_result(checkpoint, identity=protocol.identity, protocol=record, metrics=found.metrics)
+        tracker.log_result(checkpoint, identity=own.identity, protocol=record, metrics=found.metrics[metric])
     found.gathering.discard()
-    value, seconds = found.metrics[protocol.metric], time.monotonic() - started
-    logger.info("%s: %s %.4f", model.name, protocol.metric, value)
-    evaluation = _evaluation(config, checkpoint, protocol, value, seconds=seconds)
+    values = _stored(checkpoint, protocols)
+    for metric in missing:
+        values |= found.metrics[metric]
+    evaluation = _evaluation(config, checkpoint, protocols, values, seconds=time.monotonic() - started)
+    logger.info("%s: %s %.4f", model.name, evaluation.metric, evaluation.value)
     return replace(evaluation, images=model.images, note=found.note)
+
+
+def _code() -> str:
+    code = code_record()
+    return code.get("git_commit", code["source_sha256"])
+
+
+def _stored(checkpoint: Checkpoint, protocols: Mapping[str, Protocol]) -> dict[str, float]:
+    """Values of the metrics whose results are there."""
+    values: dict[str, float] = {}
+    for protocol in protocols.values():
+        if checkpoint.has_result(protocol.identity):
+            values |= checkpoint.result(protocol.identity)["metrics"]
+    return values
 
 
 def _after_chunk(lease: Lease, deadline: Deadline) -> None:
@@ -235,15 +253,22 @@ def _after_chunk(lease: Lease, deadline: Deadline) -> None:
 
 
 def _evaluation(
-    config: EvaluateConfig, checkpoint: Checkpoint, protocol: Protocol, value: float, *, seconds: float
+    config: EvaluateConfig,
+    checkpoint: Checkpoint,
+    protocols: Mapping[str, Protocol],
+    values: Mapping[str, float],
+    *,
+    seconds: float,
 ) -> Evaluation:
+    protocol = next(iter(protocols.values()))  # The first of --metrics stands for all in one line.
     return Evaluation(
         run=checkpoint.run_name,
         step=checkpoint.step,
         model_id=checkpoint.model_id,
         weights=protocol.weights,
         metric=protocol.metric,
-        value=value,
+        value=values[protocol.metric],
+        metrics=values,
         num_images=config.protocol.num_images,
         identity=protocol.identity,
         seconds=seconds,

@@ -9,11 +9,11 @@ from pipeline.data.manifest import load_manifest
 from pipeline.errors import UserError
 from pipeline.evaluation.actors import ModelFiles, open_workers
 from pipeline.evaluation.evaluator import Deadline, num_chunks
-from pipeline.evaluation.features import load_extractor
+from pipeline.evaluation.features import extractor_of
 from pipeline.evaluation.measure import Model, OutOfTimeError, measure, reference_of
 from pipeline.evaluation.outcome import Evaluation, Outcome, Skipped
 from pipeline.evaluation.protocol import Protocol
-from pipeline.evaluation.selection import images_location
+from pipeline.evaluation.selection import images_location, protocols_of
 from pipeline.generation import check_sampling
 from pipeline.model_folder import EMA_FILE, META_FILE
 
@@ -37,8 +37,9 @@ def evaluate_folder(config: EvaluateConfig) -> Outcome:
     model = Model(name=config.checkpoint, files=files, meta=meta, images=images_location(config, name))
     location = storage.resolve(config.reference, "data")
     manifest = reference_of(location, model)
-    extractor = load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
-    protocol = Protocol.of(config, extractor, load_manifest(location).digest, "ema")
+    extractor = extractor_of(config.protocol)
+    distance = Protocol.of(config, extractor, load_manifest(location).digest, "ema")
+    protocols = protocols_of(config, distance, extractor)
 
     def after_chunk() -> None:
         if deadline.is_over:
@@ -54,7 +55,8 @@ def evaluate_folder(config: EvaluateConfig) -> Outcome:
                 model,
                 manifest,
                 location,
-                protocol=protocol,
+                protocol=distance,
+                metrics=protocols,
                 extractor=extractor,
                 workers=workers,
                 after_chunk=after_chunk,
@@ -63,13 +65,16 @@ def evaluate_folder(config: EvaluateConfig) -> Outcome:
             reason = "--max-minutes are over; the same command goes on with what is missing"
             return Outcome(skipped=[Skipped(run=config.checkpoint, step=meta.step, reason=reason)])
     found.gathering.discard()
+    protocol = next(iter(protocols.values()))
+    values = {name: value for group in found.metrics.values() for name, value in group.items()}
     evaluation = Evaluation(
         run=meta.config.name or config.checkpoint,
         step=meta.step,
         model_id=files.model_id,
         weights=protocol.weights,
         metric=protocol.metric,
-        value=found.metrics[protocol.metric],
+        value=values[protocol.metric],
+        metrics=values,
         num_images=config.protocol.num_images,
         identity=protocol.identity,
         seconds=time.monotonic() - started,

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import safetensors.torch
 import torch
@@ -20,7 +20,7 @@ from pipeline import storage
 from pipeline.errors import WorldError
 from pipeline.evaluation.statistics import FeatureStatistics
 
-__all__ = ["Accumulator", "Chunk", "Gathering", "Moments"]
+__all__ = ["Accumulator", "Chunk", "Gathering", "Moments", "OfFeatures"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,38 @@ class Moments:
         if found.dim != self.statistics.dim:
             raise WorldError(f"its features have length {found.dim}, not {self.statistics.dim}")
         self.statistics = found
+
+
+class _Growing(Protocol):
+    """Something that grows with features and whose state is tensors."""
+
+    def update(self, features: Tensor) -> None: ...
+
+    def to_tensors(self) -> dict[str, Tensor]: ...
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+
+G = TypeVar("G", bound=_Growing)
+
+
+class OfFeatures(Generic[G]):
+    """An accumulator of something that looks at a chunk's features alone."""
+
+    def __init__(self, inner: G) -> None:
+        self.inner = inner
+
+    def add(self, chunk: Chunk) -> None:
+        """Takes a chunk."""
+        self.inner.update(chunk.features)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The state after the chunks so far."""
+        return self.inner.to_tensors()
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Sets the state that ``to_tensors`` gave. Raises ``WorldError`` for another one."""
+        self.inner.restore(tensors)
 
 
 class Gathering:

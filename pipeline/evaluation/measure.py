@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,12 +15,14 @@ from pipeline.config import EvaluateConfig, SamplingConfig
 from pipeline.data.manifest import Manifest, load_manifest
 from pipeline.errors import UserError, WorldError
 from pipeline.evaluation.actors import ModelFiles, Workers
+from pipeline.evaluation.feature_sample import FeatureSample
 from pipeline.evaluation.features import FeatureExtractor
-from pipeline.evaluation.gathering import Accumulator, Chunk, Gathering, Moments
+from pipeline.evaluation.gathering import Accumulator, Chunk, Gathering, Moments, OfFeatures
+from pipeline.evaluation.metrics import Gathered, compute, needs_sample, score_accumulator
 from pipeline.evaluation.protocol import Protocol
-from pipeline.evaluation.reference import reference_statistics
+from pipeline.evaluation.reference import reference_sample, reference_statistics
 from pipeline.evaluation.saved_images import SavedImages
-from pipeline.evaluation.statistics import frechet_distance
+from pipeline.evaluation.statistics import FeatureStatistics
 from pipeline.generation import labels_of_chunk
 from pipeline.images import image_grid
 from pipeline.model_folder import Meta
@@ -53,7 +55,8 @@ class Model:
 class Measurement:
     """The numbers of one model."""
 
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, Mapping[str, float]]
+    """For each metric of ``--metrics`` its values, by the names under which they are logged."""
     note: str | None
     """What makes them worth less than they look."""
     gathering: Gathering
@@ -95,6 +98,7 @@ def measure(
     location: str,
     *,
     protocol: Protocol,
+    metrics: Mapping[str, Protocol],
     extractor: FeatureExtractor,
     workers: Workers,
     after_chunk: Callable[[], None] = lambda: None,
@@ -107,7 +111,8 @@ def measure(
         model: What makes the images.
         manifest: The reference data set, whose images ``model`` fits.
         location: Where that lies.
-        protocol: By which protocol.
+        protocol: The protocol of the images and of their Frechet distance.
+        metrics: What to compute, and by which protocol; may be empty.
         extractor: The feature network.
         workers: The actors.
         after_chunk: Called after each chunk; what it raises ends the work.
@@ -117,32 +122,64 @@ def measure(
         WorldError: Images, features or the reference are damaged, or a server does not answer.
         OutOfTimeError: As ``after_chunk`` raised it; what was made is kept.
     """
+    _, sample_of_real = needs_sample([*metrics])
+    real = reference_sample(location, manifest, extractor, workers) if sample_of_real else None
     reference = reference_statistics(location, manifest, extractor, workers)
     key = {
         "model": model.files.model_id,
         "weights": storage.sha256_hex(model.files.weights),
         "meta": storage.sha256_hex(model.files.meta),
         "protocol": protocol.identity,
+        "kept": " ".join(_kept_for(metrics)),
     }
-    gathering = Gathering(key | _saved(model), partial(_accumulators, config, model, manifest, extractor, protocol))
+    make = partial(_accumulators, config, model, manifest, extractor, protocol, metrics)
+    gathering = Gathering(key | _saved(model), make)
     _gather(config, model, gathering, workers, after_chunk, on_sheet)
     if isinstance(saved := gathering.accumulators.get("saved"), SavedImages):
         saved.finish()
-    moments = gathering.accumulators["moments"]
-    assert isinstance(moments, Moments)
-    distance = frechet_distance(moments.statistics, reference)
-    if not math.isfinite(distance):
-        raise WorldError(f"the distance of {model.name} came out as {distance}")
-    note = _note(moments.statistics.n, reference.n, extractor.dim)
+    gathered = _gathered(gathering.accumulators, reference, real)
+    values = {metric: compute(metric, gathered, own, extractor) for metric, own in metrics.items()}
+    for name, value in (item for group in values.values() for item in group.items()):
+        if not math.isfinite(value):
+            raise WorldError(f"{name} of {model.name} came out as {value}")
+    note = _note(gathered.generated.n, reference.n, extractor.dim)
     if note:
         logger.warning("%s: %s", model.name, note)
-    return Measurement(metrics={protocol.metric: distance}, note=note, gathering=gathering)
+    return Measurement(metrics=values, note=note, gathering=gathering)
+
+
+def _kept_for(metrics: Collection[str]) -> list[str]:
+    """Which accumulators metrics need beside the moments."""
+    sample, _ = needs_sample([*metrics])
+    return [*(["sample"] if sample else []), *(["score"] if "is" in metrics else [])]
+
+
+def _gathered(accumulators: Mapping[str, Accumulator], reference: FeatureStatistics, real: Tensor | None) -> Gathered:
+    moments, sample, score = (accumulators.get(name) for name in ("moments", "sample", "score"))
+    assert isinstance(moments, Moments)
+    return Gathered(
+        generated=moments.statistics,
+        reference=reference,
+        sample=sample.inner.features if isinstance(sample, OfFeatures) else None,
+        reference_sample=real,
+        score=score.inner if isinstance(score, OfFeatures) else None,
+    )
 
 
 def _accumulators(
-    config: EvaluateConfig, model: Model, manifest: Manifest, extractor: FeatureExtractor, protocol: Protocol
+    config: EvaluateConfig,
+    model: Model,
+    manifest: Manifest,
+    extractor: FeatureExtractor,
+    protocol: Protocol,
+    metrics: Collection[str],
 ) -> dict[str, Accumulator]:
     found: dict[str, Accumulator] = {"moments": Moments(extractor.dim)}
+    for name in _kept_for(metrics):
+        if name == "sample":
+            found[name] = OfFeatures(FeatureSample(extractor.dim))
+        else:
+            found[name] = OfFeatures(score_accumulator(extractor, config.protocol.num_images))
     if model.images is not None:
         num_classes = model.meta.config.model.num_classes
         labels = partial(_labels, config.sampling, num_classes, config.protocol.chunk_size) if num_classes else None

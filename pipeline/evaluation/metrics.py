@@ -102,7 +102,7 @@ def _names(metric: str, extractor: FeatureExtractor) -> tuple[str, ...]:
     kernel = "kid" if word == "inception" else f"kd_{word}"
     return {
         "fd": (distance,),
-        "fd-interval": (f"{distance}_stderr", f"{distance}_low", f"{distance}_high"),
+        "fd-interval": (distance, *(f"{distance}_{name}" for name in ("stderr", "low", "high"))),
         "fd-infinity": (f"{distance}_infinity",),
         "kid": (kernel, f"{kernel}_stderr"),
         "prdc": tuple(f"{name}_{word}" for name in ("precision", "recall", "density", "coverage")),
@@ -114,7 +114,7 @@ def _interval(gathered: Gathered) -> tuple[float, ...]:
     assert gathered.sample is not None
     value = frechet_distance(gathered.generated, gathered.reference)
     error = frechet_standard_error(gathered.sample, gathered.generated, gathered.reference)
-    return error, max(0.0, value - _NORMAL_95 * error), value + _NORMAL_95 * error
+    return value, error, max(0.0, value - _NORMAL_95 * error), value + _NORMAL_95 * error
 
 
 def _infinity(gathered: Gathered) -> tuple[float, ...]:

@@ -1,7 +1,7 @@
 """What an evaluation did: results, failures, and what it left alone and why."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 __all__ = ["Evaluation", "Failure", "Outcome", "Skipped"]
@@ -24,6 +24,8 @@ class Evaluation:
     """Where the images were saved as a data set."""
     note: str | None = None
     """What makes the number worth less than it looks."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """All values that were measured, by the names under which they are logged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,7 @@ class Outcome:
             lines.append(
                 f"{entry.run} step {entry.step}: {entry.metric} {entry.value:.4f} on {entry.num_images} images{note}"
             )
+            lines += [f"  {name} {value:.5g}" for name, value in entry.metrics.items() if name != entry.metric]
             lines += [f"images of {entry.run} step {entry.step}: {entry.images}"] if entry.images else []
         lines += [f"{failure.run} step {failure.step} failed: {failure.reason}" for failure in self.failed]
         lines += [f"{entry.name} skipped: {entry.reason}" for entry in self.skipped]

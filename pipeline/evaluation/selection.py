@@ -8,18 +8,19 @@ from pipeline import storage
 from pipeline.config import EvaluateConfig, TrainConfig, override, to_flat
 from pipeline.data.manifest import MANIFEST_NAME
 from pipeline.errors import UserError
-from pipeline.evaluation.features import FeatureExtractor, load_extractor
+from pipeline.evaluation.features import FeatureExtractor, extractor_of
+from pipeline.evaluation.metrics import metric_protocol
 from pipeline.evaluation.outcome import Skipped
 from pipeline.evaluation.protocol import Protocol
 from pipeline.evaluation.weights import Candidate, candidates
 from pipeline.generation import check_sampling
 from pipeline.tracking import Checkpoint, Tracker
 
-__all__ = ["fitting", "images_location", "protocol_of", "select", "selected"]
+__all__ = ["fitting", "images_location", "lacking", "protocol_of", "protocols_of", "select", "selected"]
 
 
 def select(config: EvaluateConfig, tracker: Tracker) -> list[Candidate]:
-    """Weights of published checkpoints that ``config`` selects and that lack the result, newest first.
+    """Weights of published checkpoints that ``config`` selects and that lack a result, newest first.
 
     Where images are to be saved, those without a finished data set of images count as well.
 
@@ -27,9 +28,9 @@ def select(config: EvaluateConfig, tracker: Tracker) -> list[Candidate]:
         UserError: Unknown experiment or run, a run without checkpoints or with too few snapshots for ``ema_width``,
             refused weights of the feature network.
     """
-    extractor = load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
+    extractor = extractor_of(config.protocol)
     found = selected(config, tracker)
-    return [c for c in found if not _is_ours(c) or not _is_done(config, c, protocol_of(config, c, extractor))]
+    return [c for c in found if not _is_ours(c) or not _is_done(config, c, extractor)]
 
 
 def fitting(
@@ -80,9 +81,20 @@ def selected(config: EvaluateConfig, tracker: Tracker) -> list[Candidate]:
 
 
 def protocol_of(config: EvaluateConfig, candidate: Candidate, extractor: FeatureExtractor) -> Protocol:
-    """By which protocol a candidate is measured."""
+    """The protocol of a candidate's Frechet distance; its identity is also that of the images and of the lease."""
     digest = candidate.checkpoint.tags["data.digest"]
     return Protocol.of(config, extractor, digest, candidate.weights, candidate.metric_suffix)
+
+
+def protocols_of(config: EvaluateConfig, distance: Protocol, extractor: FeatureExtractor) -> dict[str, Protocol]:
+    """The protocol of each wanted metric, given that of the Frechet distance."""
+    return {metric: metric_protocol(metric, distance, extractor) for metric in config.metrics}
+
+
+def lacking(config: EvaluateConfig, candidate: Candidate, extractor: FeatureExtractor) -> dict[str, Protocol]:
+    """The wanted metrics that a candidate has no result of, and their protocols."""
+    wanted = protocols_of(config, protocol_of(config, candidate, extractor), extractor)
+    return {metric: own for metric, own in wanted.items() if not candidate.checkpoint.has_result(own.identity)}
 
 
 def images_location(config: EvaluateConfig, name: str) -> str | None:
@@ -90,8 +102,8 @@ def images_location(config: EvaluateConfig, name: str) -> str | None:
     return storage.join(storage.resolve(config.save_images), name) if config.save_images is not None else None
 
 
-def _is_done(config: EvaluateConfig, candidate: Candidate, protocol: Protocol) -> bool:
-    if not candidate.checkpoint.has_result(protocol.identity):
+def _is_done(config: EvaluateConfig, candidate: Candidate, extractor: FeatureExtractor) -> bool:
+    if lacking(config, candidate, extractor):
         return False
     location = images_location(config, candidate.name)
     return location is None or storage.exists(storage.join(location, MANIFEST_NAME))

@@ -63,7 +63,7 @@ def gathered(generated: torch.Tensor, real: torch.Tensor) -> Gathered:
 
 NAMES = {
     "fd": {"fid"},
-    "fd-interval": {"fid_stderr", "fid_low", "fid_high"},
+    "fd-interval": {"fid", "fid_stderr", "fid_low", "fid_high"},
     "fd-infinity": {"fid_infinity"},
     "kid": {"kid", "kid_stderr"},
     "prdc": {"precision_inception", "recall_inception", "density_inception", "coverage_inception"},

@@ -264,3 +264,26 @@ def test_a_schedule_that_fires_twice_finds_nothing_to_do_the_second_time(nodes: 
     assert [entry["run"] for entry in first["evaluated"]] == ["scheduled"]
     second = succeed("evaluate", *words, *QUICK, RAY_ADDRESS="127.0.0.1:1")  # No cluster is there to be joined.
     assert (second["evaluated"], second["failed"], second["exit_code"]) == ([], [], 0)
+
+
+def test_a_metric_asked_for_later_is_added_to_a_checkpoint_whose_other_results_stay(job: Any) -> None:
+    run_id = publish_run(Tracker(), "measured", 10)
+    words = ["--run", "measured", *QUICK]
+    (first,) = job(*words)["evaluated"]
+    every = ["--metrics", "fd", "fd-interval", "fd-infinity", "kid", "prdc"]
+    (second,) = job(*words, *every)["evaluated"]
+    assert (second["metric"], second["value"]) == ("fd_efficientnet_lite0", first["value"])
+    names = second["metrics"].keys()
+    assert {"kd_efficientnet_lite0", "precision_efficientnet_lite0", "fd_efficientnet_lite0_infinity"} <= names
+    assert second["metrics"]["fd_efficientnet_lite0_low"] <= second["value"]
+    assert second["value"] <= second["metrics"]["fd_efficientnet_lite0_high"]
+    assert points(run_id) == [(10, first["value"])], "the distance was logged again"
+    logged = Tracker().client.get_run(run_id).data.metrics
+    assert {name: logged[name] for name in names} == second["metrics"]
+    assert "nothing to do" in job(*words, *every)["text"]
+    assert job(*words)["evaluated"] == []
+
+
+def test_an_inception_score_of_other_features_is_refused_before_anything_starts() -> None:
+    with pytest.raises(UserError, match="--metrics is: efficientnet-lite0 tells no classes"):
+        load_job("evaluate").main(["--run", "any", "--metrics", "is"])
