@@ -123,7 +123,7 @@ def stratified_timesteps(uniform: Tensor, T: int, stride: int) -> tuple[Tensor, 
     lengths = torch.minimum(torch.full_like(starts, stride), T - starts)
     assert uniform.ndim == 2, "uniform has one row an image"
     assert uniform.shape[1] == len(starts), f"uniform has {uniform.shape[1]} columns for {len(starts)} runs"
-    drawn = starts + (uniform * lengths).long()
+    drawn = starts + (uniform.double() * lengths).long()
     steps = torch.cat([torch.zeros(len(uniform), 1, dtype=torch.int64), drawn], dim=1)
     return steps, torch.cat([torch.ones(1, dtype=torch.float64), lengths.double()])
 

@@ -133,7 +133,7 @@ def test_strided_terms_have_the_whole_sum_as_their_mean() -> None:
     uniform = torch.rand(40_000, 10, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     steps, weights = stratified_timesteps(uniform, 50, 5)
     estimates = (terms[steps] * weights).sum(1)
-    assert float(estimates.mean()) == pytest.approx(float(terms.sum()), rel=2e-3)
+    assert float(estimates.mean()) == pytest.approx(float(terms.sum()), rel=5e-3)
 
 
 def test_an_unknown_variance_is_refused() -> None:

@@ -62,4 +62,4 @@ def test_extrapolation_removes_nearly_all_of_the_bias():
     biased = sum(FrechetReference(REFERENCE).distance(x) for x in samples) / len(samples)
     extrapolated = sum(frechet_infinity(x, REFERENCE) for x in samples) / len(samples)
     assert biased > 1.3 * truth
-    assert abs(extrapolated - truth) < 0.1 * (biased - truth)
+    assert abs(extrapolated - truth) < 0.2 * (biased - truth)
