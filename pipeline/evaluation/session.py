@@ -9,7 +9,7 @@ from pipeline.config import EvaluateConfig
 from pipeline.errors import WorldError
 from pipeline.evaluation.champion import crown
 from pipeline.evaluation.evaluator import Deadline, evaluate, free
-from pipeline.evaluation.features import load_extractor
+from pipeline.evaluation.features import extractor_of
 from pipeline.evaluation.folder import evaluate_folder
 from pipeline.evaluation.outcome import Outcome
 from pipeline.evaluation.report import Written, write_report
@@ -33,7 +33,7 @@ def evaluate_job(config: EvaluateConfig) -> Outcome | Written:
 def _once(config: EvaluateConfig, deadline: Deadline) -> Outcome:
     tracker = Tracker()
     tracker.close_abandoned(config.experiment)
-    extractor = load_extractor(config.protocol.features, weights=config.protocol.inception_weights)
+    extractor = extractor_of(config.protocol)
     fit, unfit = fitting(config, tracker, select(config, tracker))
     todo, taken = free(config, fit, extractor)
     outcome = Outcome()
