@@ -47,7 +47,9 @@ def load(data: bytes, location: str) -> tuple[nn.Module, int]:
         module: nn.Module = torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise UserError(f"{location} is no TorchScript file: give one that torch.jit.save wrote") from error
-    module.eval().requires_grad_(False)
+    module.eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
     return _Features(module), _dim_of(module, location)
 
 

@@ -107,7 +107,9 @@ def test_the_whole_bound_lies_just_above_the_entropy_of_the_data() -> None:
         # The data's own log likelihood on these images takes most of the sampling error away.
         index = ((x_0 + 1) * 127.5).round().long()
         excess.append(float((total + p.log2()[index].mean((1, 2, 3))).mean()))
-    assert 0 < excess[1] < excess[0] < 0.2 * entropy
+    # With few steps the decoder alone is coarse: sqrt(beta_1) = 0.03 is four grey levels.
+    assert 0 < excess[1] < excess[0]
+    assert excess[1] < 0.15 * entropy
 
 
 def test_probabilities_of_all_grey_levels_add_up_to_one() -> None:

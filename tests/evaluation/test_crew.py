@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from pipeline import cluster
 from pipeline.errors import UserError, WorldError
 from pipeline.evaluation.crew import Crew
 
+# Workers of the cluster cannot import a test.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 

@@ -12,9 +12,6 @@ from typing import Any
 
 import pytest
 import ray
-
-sys.path += [str(Path(__file__).parents[1] / "evaluation"), str(Path(__file__).parents[1])]
-
 from clusters import Cluster, cluster
 from publishing import prepare_digits, publish_run, write_model
 from runner import ROOT, load_job, succeed
