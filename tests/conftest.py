@@ -60,6 +60,8 @@ def isolated_test(isolated_session: None, monkeypatch: pytest.MonkeyPatch, tmp_p
     forget_s3_client()
     yield
     forget_s3_client()
+    # MLflow puts the store that it was given into the environment, where a fixture of the next module would find it.
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 @pytest.fixture(scope="session")

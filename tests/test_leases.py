@@ -173,7 +173,7 @@ for moment in iter(sys.stdin.readline, ""):
     won = []
     for checkpoint in found:
         lease = tracker.take_lease(checkpoint, "{IDENTITY}", standing(checkpoint, "{IDENTITY}"))
-        if lease is not None:
+        if lease is not None and checkpoint.run_id == "RUN":
             won.append(checkpoint.step)
     print(*won, flush=True)
 """
@@ -188,8 +188,8 @@ def test_of_evaluators_that_start_at_the_same_moment_one_gets_each_checkpoint(
         uri = request.getfixturevalue("mlflow_uri" if store == "http" else "postgres_uri")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     count = 8
-    publish(Tracker(), tmp_path / "model", count)
-    evaluators = [spawn(EVALUATOR) for _ in range(3)]
+    run_id = publish(Tracker(), tmp_path / "model", count)[0].run_id
+    evaluators = [spawn(EVALUATOR.replace("RUN", run_id)) for _ in range(3)]
     try:
         assert [hear(process) for process in evaluators] == ["ready"] * 3
         moment = time.time() + 1

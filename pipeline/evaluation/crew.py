@@ -112,13 +112,17 @@ class Crew:
         progress = _Progress(work, ahead=2 * self._size)
         try:
             while not progress.is_over:
-                while self._idle and (piece := progress.take()) is not None:
-                    actor = self._idle.pop()
-                    self._busy[submit(actor, piece.work)] = (actor, piece)
+                self._give_out(progress, submit)
                 self._wait(progress)
+                self._give_out(progress, submit)  # actors must not wait for whoever takes the results
                 yield from progress.results()
         finally:  # What was left unfinished must not come out as a result of the next work.
             self._busy = {reference: (actor, None) for reference, (actor, _) in self._busy.items()}
+
+    def _give_out(self, progress: _Progress, submit: "Callable[[Any, T], ObjectRef[Any]]") -> None:
+        while self._idle and (piece := progress.take()) is not None:
+            actor = self._idle.pop()
+            self._busy[submit(actor, piece.work)] = (actor, piece)
 
     def close(self) -> None:
         """Ends all actors."""

@@ -196,7 +196,16 @@ def test_a_wish_that_models_cannot_meet_skips_their_runs_before_anything_starts(
 
 def test_a_model_folder_that_does_not_fit_its_reference_is_refused(job: Any, tmp_path: Path) -> None:
     location = str(Path(os.environ["DDPM_HOME"]) / "data" / "digits")
-    write_model(tmp_path / "wide", name="wide", step=1, seed=0, location=location, image_size=16, image_channels=3)
+    write_model(
+        tmp_path / "wide",
+        name="wide",
+        step=1,
+        seed=0,
+        location=location,
+        image_size=16,
+        image_channels=3,
+        attention_resolutions=(8,),
+    )
     words = ["--reference", "digits", *QUICK]
     with pytest.raises(UserError, match=r"digits holds images of 1x8x8, .*wide makes 3x16x16; give a data set"):
         job("--checkpoint", str(tmp_path / "wide"), *words)
@@ -228,10 +237,11 @@ def test_the_newest_comes_first_within_the_limits_and_a_champion_and_a_report_fo
     assert Path(logged).read_text() == text
 
 
-def test_a_watch_measures_what_comes_and_ctrl_c_ends_it_cleanly(job: Any) -> None:
+def test_a_watch_measures_what_comes_and_an_interrupt_ends_it_cleanly(job: Any) -> None:
     tracker = Tracker()
     publish_run(tracker, "first", 10)
-    with spawn("--pending", *QUICK, "--watch", "--interval", "1") as watch:
+    watch = spawn("--pending", *QUICK, "--watch", "--interval", "1")
+    try:
         deadline = time.monotonic() + 120
 
         def wait_for(run: str) -> None:
@@ -243,8 +253,10 @@ def test_a_watch_measures_what_comes_and_ctrl_c_ends_it_cleanly(job: Any) -> Non
         wait_for("first")
         publish_run(tracker, "second", 10)
         wait_for("second")
-        watch.send_signal(signal.SIGINT)
+        watch.send_signal(signal.SIGTERM)  # not SIGINT, which a shell may have set to be ignored
         stdout, stderr = watch.communicate(timeout=60)
+    finally:
+        watch.kill()
     assert watch.returncode == 0, stderr
     assert [entry["run"] for entry in json.loads(stdout)["evaluated"]] == ["first", "second"]
     assert "Traceback" not in stderr
