@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -50,7 +50,12 @@ def num_chunks(config: EvaluateConfig) -> int:
 
 
 def evaluate(
-    config: EvaluateConfig, tracker: Tracker, todo: Sequence[Candidate], deadline: Deadline = Deadline()
+    config: EvaluateConfig,
+    tracker: Tracker,
+    todo: Sequence[Candidate],
+    deadline: Deadline = Deadline(),
+    *,
+    on_result: Callable[[Evaluation], None] = lambda evaluation: None,
 ) -> Outcome:
     """Evaluates checkpoints on the Ray cluster that this process has joined.
 
@@ -62,6 +67,7 @@ def evaluate(
         tracker: Connected to MLflow.
         todo: What ``select`` gave.
         deadline: When to stop; what is half done then is kept.
+        on_result: Told of each result once it is logged; an interrupt may come before this function returns it.
 
     Raises:
         UserError: The feature network's weights are refused, or there are not enough GPUs.
@@ -82,6 +88,7 @@ def evaluate(
             match done:
                 case Evaluation():
                     evaluated.append(done)
+                    on_result(done)
                 case Failure():
                     failed.append(done)
                 case Skipped():

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from pipeline import cluster
@@ -11,7 +12,7 @@ from pipeline.evaluation.champion import crown
 from pipeline.evaluation.evaluator import Deadline, evaluate, free
 from pipeline.evaluation.features import extractor_of
 from pipeline.evaluation.folder import evaluate_folder
-from pipeline.evaluation.outcome import Outcome
+from pipeline.evaluation.outcome import Evaluation, Outcome
 from pipeline.evaluation.report import Written, write_report
 from pipeline.evaluation.selection import fitting, select
 from pipeline.tracking import Tracker
@@ -30,7 +31,9 @@ def evaluate_job(config: EvaluateConfig) -> Outcome | Written:
     return _watch(config) if config.watch else _once(config, Deadline.of(config))
 
 
-def _once(config: EvaluateConfig, deadline: Deadline) -> Outcome:
+def _once(
+    config: EvaluateConfig, deadline: Deadline, on_result: Callable[[Evaluation], None] = lambda evaluation: None
+) -> Outcome:
     tracker = Tracker()
     tracker.close_abandoned(config.experiment)
     extractor = extractor_of(config.protocol)
@@ -39,7 +42,7 @@ def _once(config: EvaluateConfig, deadline: Deadline) -> Outcome:
     outcome = Outcome()
     if todo and not deadline.is_over:  # a schedule fires often: without work it costs no cluster
         with cluster.connect(num_cpus=config.cluster.max_workers * config.cluster.cpus_per_worker):
-            outcome = evaluate(config, tracker, todo, deadline)
+            outcome = evaluate(config, tracker, todo, deadline, on_result=on_result)
     return replace(outcome, skipped=[*unfit, *taken, *outcome.skipped], champion=_champion(config, tracker))
 
 
@@ -53,15 +56,15 @@ def _champion(config: EvaluateConfig, tracker: Tracker) -> str | None:
 def _watch(config: EvaluateConfig) -> Outcome:
     """Looks for pending checkpoints again and again, until Ctrl-C or the end of ``max_minutes``."""
     deadline, total = Deadline.of(config), Outcome()
+    evaluated: list[Evaluation] = []
     try:
         while not deadline.is_over:
             try:
-                found = _once(config, deadline)
-                total = replace(found, evaluated=[*total.evaluated, *found.evaluated], failed=(), skipped=())
-                logger.info("%s; looking again in %g s", found.text(), config.interval)
+                total = _once(config, deadline, evaluated.append)
+                logger.info("%s; looking again in %g s", total.text(), config.interval)
             except WorldError as error:  # A server that is away today may be back at the next look.
                 logger.warning("%s; looking again in %g s", error, config.interval)
             time.sleep(max(0.0, min(config.interval, deadline.moment - time.monotonic())))
     except KeyboardInterrupt:
         logger.info("interrupted")
-    return total
+    return replace(total, evaluated=evaluated, failed=(), skipped=())
