@@ -56,11 +56,13 @@ def isolated_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 @pytest.fixture(autouse=True)
 def isolated_test(isolated_session: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Gives each test its own ``$DDPM_HOME`` and S3 client."""
+    # MLflow puts the store that it was given into the environment, where the next test or module would find it. Popped,
+    # not patched: what is patched away now comes back at the end.
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
     _isolate(monkeypatch, tmp_path / "home")
     forget_s3_client()
     yield
     forget_s3_client()
-    # MLflow puts the store that it was given into the environment, where a fixture of the next module would find it.
     os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
