@@ -188,7 +188,10 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 def _one_line(boxed: str) -> str:
     """tyro explains errors in a drawn box of several lines; a log or a terminal wants one."""
+    boxed = re.sub(r"-{8,}", lambda rule: "─" * len(rule[0]), boxed)  # how it draws on a terminal without UTF-8
     lines = [re.sub(r"[│╭╮╰╯]|\x1b\[[0-9;]*m", "", line).strip() for line in boxed.splitlines()]
+    if len(lines) > 1 and set(lines[1]) == {"─"}:
+        lines = lines[2:]  # without UTF-8 the box's title is a line of its own
     lines = [line for line in lines if not line.endswith("──") or set(line) == {"─"}]
     text = " ".join("; " if line.startswith("─") else line for line in lines if line)
     text = text.partition("For full helptext")[0].partition("Argument helptext:")[0]

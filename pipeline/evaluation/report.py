@@ -78,7 +78,7 @@ def render(data: ReportData, *, now: datetime.datetime) -> str:
         f"<p class='champion'><b>Champion</b> {champion}</p></header>"
     )
     empty = "<section><p>No checkpoint has a result yet: run <code>jobs/evaluate.py --pending</code>.</p></section>"
-    body = "".join(_section(section, place) for place, section in enumerate(data.sections)) or empty
+    body = "".join(map(_section, data.sections)) or empty
     return (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
         f"<meta name='viewport' content='width=device-width'><style>{_STYLE}</style></head>"
@@ -86,18 +86,19 @@ def render(data: ReportData, *, now: datetime.datetime) -> str:
     )
 
 
-def _section(section: Section, place: int) -> str:
+def _section(section: Section) -> str:
     metric = html.escape(section.metric)
     unlike = "; ".join(html.escape(words) for words in section.unlike_first)
     warning = (
-        f"<p class='unlike'>Not comparable with the first section, whose protocol differs: {unlike}.</p>"
-        if place
+        f"<p class='unlike'>Not comparable with the first {metric}, whose protocol differs: {unlike}.</p>"
+        if unlike
         else ""
     )
+    note = f"<p class='unlike'>{html.escape(section.note)}.</p>" if section.note else ""
     heading = f"<h2>{metric} <small>protocol {section.identity}</small></h2>"
     picture = f"<figure>{chart(section.curves, title=section.metric)}{_legend(section)}</figure>"
     tables = f"<div class='columns'>{_best(section)}{_protocol(section.protocol)}</div>"
-    return f"<section>{heading}{warning}{picture}{tables}</section>"
+    return f"<section>{heading}{warning}{note}{picture}{tables}</section>"
 
 
 def _legend(section: Section) -> str:
@@ -109,19 +110,26 @@ def _legend(section: Section) -> str:
 
 
 def _best(section: Section) -> str:
+    others = list(dict.fromkeys(name for _, point in section.best for name in point.others))
     rows = []
     for run, point in section.best[:_MOST_ROWS]:
         interval = (
-            "" if point.interval is None else f" <small>{point.interval[0]:.4g} to {point.interval[1]:.4g}</small>"
+            "" if point.interval is None else f"<br><small>{point.interval[0]:.4g} to {point.interval[1]:.4g}</small>"
         )
-        note = f"<br><small>{html.escape(point.note)}</small>" if point.note else ""
+        note = f"<br><small>{html.escape(point.note)}</small>" if point.note and not section.note else ""
+        beside = "".join(
+            f"<td class='n'>{point.others[name]:.3g}</td>" if name in point.others else "<td></td>" for name in others
+        )
         rows.append(
             f"<tr><td>{html.escape(run)}{note}</td><td class='n'>{point.step:,}</td>"
-            f"<td class='n'>{point.value:.4g}{interval}</td></tr>"
+            f"<td class='n'>{point.value:.4g}{interval}</td>{beside}</tr>"
         )
     left = len(section.best) - len(rows)
-    more = f"<tr><td colspan='3'><small>and {left} more</small></td></tr>" if left else ""
-    head = f"<tr><th>run</th><th class='n'>step</th><th class='n'>{html.escape(section.metric)}</th></tr>"
+    more = f"<tr><td colspan='{3 + len(others)}'><small>and {left} more</small></td></tr>" if left else ""
+    # The metric's own word is enough beside others of the same features.
+    words = [name.partition("_")[0] if others else name for name in (section.metric, *others)]
+    columns = "".join(f"<th class='n'>{html.escape(word)}</th>" for word in words)
+    head = f"<tr><th>run</th><th class='n'>step</th>{columns}</tr>"
     return f"<div><h3>Best checkpoints</h3><table>{head}{''.join(rows)}{more}</table></div>"
 
 

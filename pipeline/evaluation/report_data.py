@@ -1,7 +1,7 @@
 """What a report on an experiment shows, read from MLflow."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.errors import UserError
@@ -11,6 +11,9 @@ from pipeline.tracking import Checkpoint, Tracker
 __all__ = ["Curve", "Point", "ReportData", "Section", "Sheet", "collect"]
 
 _MAX_SHEETS = 12
+_DISTANCES = ("fid", "fd_")
+_SCORES = ("precision", "recall", "density", "coverage", "inception_score")
+"""Beginnings of metrics: those of Frechet distances, and those of which more is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,8 @@ class Point:
     value: float
     interval: tuple[float, float] | None
     note: str
+    others: Mapping[str, float] = field(default_factory=dict)
+    """What was measured with it, such as recall with precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +44,20 @@ class Section:
     metric: str
     protocol: Mapping[str, Any]
     unlike_first: Sequence[str]
-    """What differs from the first section's protocol."""
+    """What differs from the protocol of the first section with this metric; empty for that one."""
     curves: Sequence[Curve]
 
     @property
     def best(self) -> list[tuple[str, Point]]:
-        """Runs and results, the smallest distance first."""
+        """Runs and results, the best first: of a distance the smallest, of a score the largest."""
         pairs = [(curve.run, point) for curve in self.curves for point in curve.points]
-        return sorted(pairs, key=lambda pair: pair[1].value)
+        return sorted(pairs, key=lambda pair: pair[1].value, reverse=self.metric.startswith(_SCORES))
+
+    @property
+    def note(self) -> str:
+        """What all results are to be read with; empty if there is nothing, or not the same for all."""
+        notes = {point.note for _, point in self.best}
+        return notes.pop() if len(notes) == 1 else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +113,7 @@ def collect(experiment: str, registered: str, tracker: Tracker) -> ReportData:
 
 
 def _sections(checkpoints: Sequence[Checkpoint]) -> list[Section]:
-    """Protocols with the most results first."""
+    """Frechet distances first, then protocols with the most results; intervals are shown with their distance."""
     protocols: dict[str, Mapping[str, Any]] = {}
     points: dict[str, dict[str, list[Point]]] = {}
     for checkpoint in checkpoints:
@@ -110,29 +121,66 @@ def _sections(checkpoints: Sequence[Checkpoint]) -> list[Section]:
             protocols.setdefault(identity, result["protocol"])
             point = _point(checkpoint.step, result)
             points.setdefault(identity, {}).setdefault(checkpoint.run_name, []).append(point)
-    order = sorted(points, key=lambda identity: (-sum(map(len, points[identity].values())), identity))
-    return [
-        Section(
-            identity=identity,
-            metric=str(protocols[identity].get("metric", "distance")),
-            protocol=protocols[identity],
-            unlike_first=differences(protocols[order[0]], protocols[identity]),
-            curves=[
-                Curve(run=run, points=sorted(found, key=lambda point: point.step))
-                for run, found in sorted(points[identity].items())
-            ],
+    _join_intervals(protocols, points)
+
+    def rank(identity: str) -> tuple[bool, int, str]:
+        is_distance = _metric(protocols[identity]).startswith(_DISTANCES)
+        return not is_distance, -sum(map(len, points[identity].values())), identity
+
+    sections: list[Section] = []
+    for identity in sorted(points, key=rank):
+        metric = _metric(protocols[identity])
+        first = next((section for section in sections if section.metric == metric), None)
+        curves = [
+            Curve(run=run, points=sorted(found, key=lambda point: point.step))
+            for run, found in sorted(points[identity].items())
+        ]
+        sections.append(
+            Section(
+                identity=identity,
+                metric=metric,
+                protocol=protocols[identity],
+                unlike_first=[] if first is None else differences(first.protocol, protocols[identity]),
+                curves=curves,
+            )
         )
-        for identity in order
-    ]
+    return sections
+
+
+def _join_intervals(protocols: Mapping[str, Mapping[str, Any]], points: dict[str, dict[str, list[Point]]]) -> None:
+    """Gives a distance the interval that was measured by the same protocol, in place of a section of its own."""
+
+    def facts(identity: str) -> dict[str, Any]:
+        return {name: value for name, value in protocols[identity].items() if name not in ("settings", "code", "note")}
+
+    for identity in [each for each in points if "settings" in protocols[each]]:
+        alike = [each for each in points if "settings" not in protocols[each] and facts(each) == facts(identity)]
+        if not alike:
+            continue
+        intervals = {
+            (run, point.step): point.interval for run, found in points.pop(identity).items() for point in found
+        }
+        for run, found in points[alike[0]].items():
+            known = [replace(point, interval=intervals.get((run, point.step), point.interval)) for point in found]
+            points[alike[0]][run] = known
+
+
+def _metric(protocol: Mapping[str, Any]) -> str:
+    return str(protocol.get("metric", "distance"))
 
 
 def _point(step: int, result: Mapping[str, Any]) -> Point:
-    """A result whose metric has companions ``_low`` and ``_high`` has an interval."""
-    metric, metrics = str(result["protocol"].get("metric", "")), result["metrics"]
+    """A result whose metric has companions ``_low`` and ``_high``, or a standard error, has an interval."""
+    metric, metrics = _metric(result["protocol"]), result["metrics"]
     value = float(metrics.get(metric, next(iter(metrics.values()))))
-    low, high = metrics.get(f"{metric}_low"), metrics.get(f"{metric}_high")
+    low, high, error = (metrics.get(f"{metric}_{name}") for name in ("low", "high", "stderr"))
+    if low is None and error is not None:
+        low, high = value - 1.96 * error, value + 1.96 * error
     interval = None if low is None or high is None else (float(low), float(high))
-    return Point(step=step, value=value, interval=interval, note=str(result["protocol"].get("note", "")))
+    # The note is about the covariance, which a Frechet distance alone depends on.
+    note = str(result["protocol"].get("note", "")) if metric.startswith(_DISTANCES) else ""
+    others = {name: float(each) for name, each in metrics.items() if not name.startswith(metric)}
+    return Point(step=step, value=value, interval=interval, note=note, others=others)
 
 
 def _sheets(checkpoints: Sequence[Checkpoint], tracker: Tracker) -> list[Sheet]:

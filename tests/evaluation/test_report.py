@@ -1,6 +1,7 @@
 """The report is one file, and numbers of unlike protocols never share a chart."""
 
 import datetime
+import json
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
@@ -10,7 +11,8 @@ import pytest
 
 from pipeline.evaluation.chart import chart
 from pipeline.evaluation.report import render
-from pipeline.evaluation.report_data import Curve, Point, ReportData, Section, Sheet
+from pipeline.evaluation.report_data import Curve, Point, ReportData, Section, Sheet, _sections
+from pipeline.tracking import Checkpoint
 
 SVG = "{http://www.w3.org/2000/svg}"
 NOW = datetime.datetime(2030, 1, 2, 3, 4, tzinfo=datetime.UTC)
@@ -28,9 +30,8 @@ def curve(run: str, values: Mapping[int, float], spread: float = 0.0) -> Curve:
 
 def section(identity: str, curves: Sequence[Curve], **protocol: Any) -> Section:
     record = {"metric": "fid", "num_images": 2000, **protocol}
-    return Section(
-        identity=identity, metric="fid", protocol=record, unlike_first=["num_images is 2000 and 500"], curves=curves
-    )
+    unlike = ["num_images is 2000 and 500"] if protocol else []
+    return Section(identity=identity, metric="fid", protocol=record, unlike_first=unlike, curves=curves)
 
 
 def page(*sections: Section, sheets: Sequence[Sheet] = (), champion: str | None = None) -> str:
@@ -79,7 +80,37 @@ def test_unlike_protocols_have_a_chart_each_and_what_differs_is_named() -> None:
         section("a" * 16, [curve("run", {10: 5.0})]), section("b" * 16, [curve("run", {10: 50.0})], num_images=500)
     )
     assert text.count("<svg") == 2
-    assert text.count("Not comparable with the first section, whose protocol differs: num_images is 2000 and 500") == 1
+    assert text.count("Not comparable with the first fid, whose protocol differs: num_images is 2000 and 500") == 1
+
+
+def published(step: int, *results: Mapping[str, Any]) -> Checkpoint:
+    tags = {f"protocol.{place}": json.dumps(result) for place, result in enumerate(results)}
+    return Checkpoint(model_id=str(step), step=step, run_id="0", run_name="run", artifact_uri="", tags=tags)
+
+
+def test_distances_come_first_with_their_intervals_and_scores_are_ranked_the_other_way_round() -> None:
+    base = {"num_images": 200, "note": "the bias is large"}
+
+    def results(step: int) -> list[dict[str, Any]]:
+        value = 100.0 / step
+        around = {"fid": value, "fid_low": value - 1, "fid_high": value + 1}
+        return [
+            {
+                "protocol": {**base, "metric": "precision_inception", "settings": "k = 3"},
+                "metrics": {"precision_inception": step / 100, "recall_inception": 0.5},
+            },
+            {"protocol": {**base, "metric": "fid", "settings": "jackknife", "code": "later"}, "metrics": around},
+            {"protocol": {**base, "metric": "fid"}, "metrics": {"fid": value}},
+        ]
+
+    distance, precision = _sections([published(step, *results(step)) for step in (20, 10)])
+    assert (distance.metric, distance.note, distance.unlike_first) == ("fid", "the bias is large", [])
+    assert [(point.step, point.interval) for _, point in distance.best] == [(20, (4.0, 6.0)), (10, (9.0, 11.0))]
+    assert (precision.metric, precision.note) == ("precision_inception", "")
+    assert [(point.value, point.others) for _, point in precision.best] == [
+        (0.2, {"recall_inception": 0.5}),
+        (0.1, {"recall_inception": 0.5}),
+    ]
 
 
 def test_what_a_person_named_is_text_and_not_markup() -> None:

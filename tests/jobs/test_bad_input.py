@@ -96,8 +96,8 @@ def test_an_unknown_source_lists_the_known_ones(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "either --run NAME or --pending"),
-        (["--pending", "--run", "x"], "either --run NAME or --pending"),
+        ([], "error: give one of --run, --pending, --checkpoint and --report (jobs/"),
+        (["--pending", "--run", "x"], "error: give one of --run, --pending, --checkpoint and --report (jobs/"),
         (["--pending", "--experiment", "nothing"], "no experiment 'nothing'"),
         (["--run", "nobody"], "no run is called 'nobody'"),
         (["--pending", "--features", "inception"], "--inception-weights"),
