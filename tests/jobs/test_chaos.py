@@ -22,7 +22,7 @@ from clusters import Cluster, cluster, tree
 from runner import ROOT, TINY, succeed
 
 from pipeline.training.checkpoint import checkpoint_name
-from pipeline.training.committed import SNAPSHOT, damage
+from pipeline.training.committed import SNAPSHOT, committed_checkpoints, damage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -83,11 +83,10 @@ class Job:
         print(f"{what}: training again after {time.monotonic() - started:.0f} s")
 
     def wait_for_unplanned_checkpoint(self, folder: Path) -> int:
-        """Waits for a checkpoint that is not due by its step; returns the step."""
+        """Waits until a checkpoint that is not due by its step is committed; returns the step."""
 
         def found() -> list[int]:
-            steps = [int(meta.parent.name.partition("-")[2]) for meta in folder.glob("step-*/meta.json")]
-            return [step for step in steps if step % EVERY]
+            return [step for step in committed_checkpoints(str(folder)) if step % EVERY]
 
         self._until(lambda: bool(found()))
         return found()[0]

@@ -50,8 +50,9 @@ def test_a_run_is_trained_tracked_published_and_evaluated_and_its_name_continues
     assert run.inputs.dataset_inputs[0].dataset.name == "digits"
     assert [m.step for m in mlflow.get_metric_history(run.info.run_id, "train/loss")] == [5, 10, 15, 20]
     assert [m.step for m in mlflow.get_metric_history(run.info.run_id, "fd_efficientnet_lite0")] == [20]
+    # The last checkpoint has a sheet; one before it that was still being made is given up for it.
     images = [file.path for file in mlflow.list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")]
-    assert len(images) == 2
+    assert len(images) in (1, 2)
 
     models = {m.tags["step"]: m for m in mlflow.search_logged_models([run.info.experiment_id])}
     assert set(models) == {"10", "20"}
