@@ -26,7 +26,7 @@ from report import machine, markdown, spread
 _HERE = Path(__file__).resolve().parent
 # The network of the CIFAR-10 preset at a quarter of its width: 2.2 M parameters. Attention at 16x16, dropout 0.1.
 _SMALL: dict[str, Any] = {"base_channels": 32, "batch_size": 32, "num_streams": 2}
-_FIRST, _LAST = 5, 30
+_FIRST, _LAST = 10, 50
 
 
 @dataclass(frozen=True, kw_only=True)

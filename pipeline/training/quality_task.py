@@ -80,15 +80,9 @@ def measure(job: "list[ObjectRef[Job]]") -> Measured:
     import ray
 
     if not ray.get_gpu_ids():
-        _give_way()
+        # Not SCHED_IDLE: the last measurement of a run would starve beside other runs, and the run waits for it.
+        os.nice(19)
     return run(ray.get(job[0]))
-
-
-def _give_way() -> None:
-    """Takes the CPU only when nothing else wants it. Ray makes its workers nice too: niceness alone is not enough."""
-    os.nice(19)
-    if hasattr(os, "SCHED_IDLE"):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def run(job: Job) -> Measured:
