@@ -728,11 +728,11 @@ def test_the_same_works_over_http_without_access_to_the_store(mlflow_uri, model,
     run.log_metrics([{"step": 25, "loss": 0.5}])
     run.log_grid(np.zeros((8, 8, 3), dtype=np.uint8), step=25)
     run.publish(model, 250, {"data_digest": "abc"})
-    checkpoint = only(tracker.checkpoints(run.experiment_id))
+    checkpoint = only(tracker.checkpoints(run.experiment_id, run_id=run.run_id))
     assert checkpoint.artifact_uri.startswith("mlflow-artifacts:/")
     assert files_of(tracker.download(checkpoint, tmp_path / "copy")) == files_of(model)
     tracker.log_result(checkpoint, identity="x", protocol={}, metrics={"fid": 3.17})
-    assert only(tracker.checkpoints(run.experiment_id)).has_result("x")
+    assert only(tracker.checkpoints(run.experiment_id, run_id=run.run_id)).has_result("x")
     run.finish("FINISHED")
     assert start(tracker).run_id == run.run_id
     assert run.logged_steps("loss") == {25}
