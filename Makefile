@@ -57,8 +57,9 @@ format: install-dev ## Repair style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+# Most of the time of a test that starts a cluster is waiting: two files at once, each file's tests in one process.
 test: lint types ## All checks and tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: lint types ## Without the tests that start real clusters
 	@$(BIN)/python -m pytest -m 'not slow' -n auto $(ARGS)

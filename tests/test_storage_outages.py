@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Thread, Timer
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
@@ -176,13 +177,23 @@ def test_an_outage_longer_than_the_patience_is_an_error_that_says_how_long_it_to
     assert 1.2 <= time.monotonic() - start < 3
 
 
-def test_a_long_wait_is_said_again_and_again(s3, monkeypatch, caplog):
-    monkeypatch.setattr(patience, "_SECONDS_BETWEEN_WARNINGS", 0.6)
-    use(monkeypatch, s3.environment() | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"})
-    with pytest.raises(storage.UnreachableError):
-        storage.read_bytes("s3://bucket/x", patience_seconds=4)
+def test_a_long_wait_is_said_again_and_again(monkeypatch, caplog):
+    clock = SimpleNamespace(now=100.0)
+
+    def sleep(seconds):
+        clock.now += seconds
+
+    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
+
+    def ask():
+        clock.now += 1.0
+        raise storage.UnreachableError("cannot reach s3://bucket/x")
+
+    with pytest.raises(storage.UnreachableError, match="gave up after waiting 1"):
+        patience.patiently("s3://bucket/x", 100, ask)
     waits = [record.getMessage().rpartition("up to ")[2] for record in caplog.records]
-    assert waits == ["4 s more", "2 s more", "0 s more"]
+    # The pauses grow to 5 s and each try takes 1 s: the first warning comes at once, the others after 30 s or more.
+    assert waits == ["100 s more", "64 s more", "34 s more", "4 s more"]
 
 
 @every_reader
