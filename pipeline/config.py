@@ -41,7 +41,7 @@ __all__ = [
     "to_flat",
 ]
 
-Metric = Literal["fd", "fd-interval", "fd-infinity", "kid", "prdc", "is"]
+Metric = Literal["fd", "fd-interval", "fd-infinity", "kid", "prdc", "is", "bpd"]
 METRICS: tuple[str, ...] = typing.get_args(Metric)
 """What an evaluation can measure."""
 
@@ -455,7 +455,13 @@ class EvaluateConfig:
     champion_margin: float = 0.02
     """A new champion must be better by this part of the old one's distance, where its uncertainty is not known."""
     metrics: tuple[Metric, ...] = ("fd",)
-    """What to measure on one pass over the images; prdc is precision, recall, density and coverage."""
+    """What to measure; prdc is precision, recall, density and coverage, bpd bits per dimension of --held-out."""
+    held_out: str | None = None
+    """Data set for --metrics bpd that was not trained on: a path, s3:// URI, or a name under $DDPM_HOME/data."""
+    bound_images: int = 200
+    """Images of --held-out that bpd is measured on, drawn at random; always the same ones."""
+    bound_stride: int = 20
+    """bpd evaluates one step of each run of so many, without bias; 1 takes all T."""
     ema_width: float | None = None
     """Instead of the EMA: an average of this relative width, made from the run's --ema-power averages, e.g. 0.08."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -488,6 +494,13 @@ class EvaluateConfig:
         _check(0 < self.interval < math.inf, "--interval", self.interval, "above 0")
         _check(0 <= self.champion_margin < 1, "--champion-margin", self.champion_margin, "in [0, 1)")
         _check(len(self.metrics) > 0, "--metrics", "(none)", f"some of {' '.join(METRICS)}")
+        _check(self.bound_images >= 2, "--bound-images", self.bound_images, "at least 2")
+        _check(self.bound_stride >= 1, "--bound-stride", self.bound_stride, "at least 1")
+        if "bpd" in self.metrics and self.held_out is None:
+            raise UserError(
+                "--metrics bpd needs --held-out: a data set that was not trained on; "
+                "prepare_data.py --holdout-fraction makes one"
+            )
         if "is" in self.metrics and self.protocol.features != "inception":
             raise UserError(f"--metrics is: {self.protocol.features} tells no classes; give --features inception")
         if self.ema_width is not None:

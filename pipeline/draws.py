@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     REFERENCE_SAMPLE = 14
     BOUND_TIMESTEP = 15
     BOUND_NOISE = 16
+    BOUND_IMAGE = 17
 
 
 def generator(seed: int, purpose: Purpose, *indices: int) -> np.random.Generator:

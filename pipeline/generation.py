@@ -20,7 +20,7 @@ from pipeline.diffusion.timesteps import spaced_timesteps
 from pipeline.errors import UserError, WorldError
 from pipeline.images import to_uint8
 
-__all__ = ["check_sampling", "generate_chunk", "labels_of_chunk"]
+__all__ = ["check_sampling", "generate_chunk", "labels_of_chunk", "limit_of"]
 
 
 def check_sampling(config: SamplingConfig, trained: TrainConfig) -> None:
@@ -93,7 +93,7 @@ def generate_chunk(
         x_T,
         timesteps=spaced_timesteps(schedule, num_timesteps, config.spacing),
         noise_at=noise_at,
-        limit_x_0=_limit(config),
+        limit_x_0=limit_of(config),
         **options,
     )
     if not bool(torch.isfinite(x_0).all()):
@@ -110,7 +110,8 @@ def _plan(config: SamplingConfig) -> tuple[int, dict[str, Any]]:
     return config.sampling_steps, only.get(config.sampler, {})
 
 
-def _limit(config: SamplingConfig) -> LimitX0 | None:
+def limit_of(config: SamplingConfig) -> LimitX0 | None:
+    """How ``--x0-clipping`` keeps the predicted image in range."""
     return {"none": None, "clip": clip, "dynamic": dynamic_threshold(config.x0_percentile)}[config.x0_clipping]
 
 

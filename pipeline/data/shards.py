@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -24,7 +24,7 @@ from pipeline.data.sources import Sample, fit_image
 from pipeline.errors import UserError, WorldError
 from pipeline.images import decode_into, encode_image
 
-__all__ = ["decode_sample", "encode_shard", "index_shard", "read_images", "read_index", "sha256_head"]
+__all__ = ["decode_sample", "encode_shard", "index_shard", "read_chosen", "read_images", "read_index", "sha256_head"]
 
 _EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 _CHUNK_BYTES = 8 * 2**20
@@ -159,6 +159,47 @@ def read_images(location: str, manifest: Manifest, number: int) -> Tensor:
         except ValueError as error:
             raise DataError(info.name, str(error), key=key, offset=offset) from error
     return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def read_chosen(location: str, manifest: Manifest, places: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Images of a data set by their places in it, read one by one; each is held against the index.
+
+    Args:
+        location: The data set.
+        manifest: Its manifest.
+        places: Ascending, each in [0, manifest.num_images).
+
+    Returns:
+        Images, uint8 [n, C, H, W], and their labels, int64 [n], -1 for none.
+
+    Raises:
+        DataError: Missing, altered or undecodable; names the shard, and key and offset of the image.
+        WorldError: Storage refused or did not answer.
+    """
+    images = np.empty((len(places), *manifest.image_shape), dtype=np.uint8)
+    labels = np.full(len(places), -1, dtype=np.int64)
+    ends = np.cumsum(manifest.shard_sizes)
+    numbers = np.searchsorted(ends, places, side="right")
+    for number in np.unique(numbers).tolist():
+        index, info = read_index(location, manifest, number), manifest.shards[number]
+        path = shard_location(location, info.name)
+        for slot in np.flatnonzero(numbers == number).tolist():
+            row = int(places[slot]) - int(ends[number]) + info.num_images
+            offset, size = int(index.offsets[row]), int(index.sizes[row])
+            try:
+                data = storage.read_range(path, offset, size)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise DataError(path, f"it is missing; the manifest expects {info.num_bytes} bytes") from error
+            except OSError as error:
+                raise WorldError(f"cannot read shard {path}: {error}") from error
+            try:
+                if sha256_head(data) != int(index.sha256_heads[row]):
+                    raise ValueError("it was altered: its sha256 is not that of the index")
+                decode_sample(data, images[slot], manifest)
+            except ValueError as error:
+                raise DataError(info.name, str(error), key=index.keys[row], offset=offset) from error
+            labels[slot] = index.labels[row]
+    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
 
 
 def read_shard(location: str, manifest: Manifest, number: int) -> bytes:

@@ -17,6 +17,7 @@ from pipeline.config import ClusterConfig, ProtocolConfig, SamplingConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import read_images
 from pipeline.errors import WorldError
+from pipeline.evaluation.bound import BoundPlan, bound_of_chunk
 from pipeline.evaluation.crew import Crew
 from pipeline.evaluation.features import extractor_of
 from pipeline.generation import generate_chunk
@@ -87,16 +88,33 @@ class ChunkActor:
         Returns:
             Features, float32 [size, d], and images, uint8 [size, C, H, W].
         """
-        if self._loaded is None or self._loaded[0] != model_id:
-            self._loaded = (model_id, *self._load(ray.get(model[0])))
-        _, unet, schedule, trained = self._loaded
+        unet, schedule, trained = self._model(model, model_id)
         shape = (size, trained.model.image_channels, trained.model.image_size, trained.model.image_size)
         images = generate_chunk(unet, schedule, sampling, trained=trained, shape=shape, chunk=chunk)
         return self._features(images), images if with_images else None
 
+    def bound_of_chunk(
+        self,
+        model: "list[ObjectRef[ModelFiles]]",
+        model_id: str,
+        sampling: SamplingConfig,
+        plan: BoundPlan,
+        manifest: "list[ObjectRef[Manifest]]",
+        chunk: int,
+    ) -> Tensor:
+        """Terms of the variational bound of a chunk of held-out images, float64 [n, 2 + runs of steps]."""
+        unet, schedule, trained = self._model(model, model_id)
+        held_out = ray.get(manifest[0])
+        return bound_of_chunk(unet, schedule, sampling, plan, trained=trained, manifest=held_out, chunk=chunk)
+
     def features_of_shard(self, location: str, manifest: "list[ObjectRef[Manifest]]", shard: int) -> Tensor:
         """Features of a shard's images, float32 [n, d], in the shard's order."""
         return self._features(read_images(location, ray.get(manifest[0]), shard))
+
+    def _model(self, model: "list[ObjectRef[ModelFiles]]", model_id: str) -> tuple[Any, Any, Any]:
+        if self._loaded is None or self._loaded[0] != model_id:
+            self._loaded = (model_id, *self._load(ray.get(model[0])))
+        return self._loaded[1:]
 
     def _features(self, images: Tensor) -> Tensor:
         return torch.cat([self._extractor(part).cpu() for part in torch.split(images, _FEATURE_BATCH)])
@@ -144,6 +162,16 @@ class Workers:
         )
         for chunk, (features, images) in zip(numbers, found, strict=True):
             yield chunk, features, images
+
+    def bounds(
+        self, files: ModelFiles, sampling: SamplingConfig, plan: BoundPlan, manifest: Manifest, numbers: range
+    ) -> Iterator[Tensor]:
+        """Terms of the variational bound of chunks of held-out images, in the order of ``numbers``."""
+        model, held_out = [ray.put(files)], [ray.put(manifest)]
+        return self._crew.results(
+            lambda actor, chunk: actor.bound_of_chunk.remote(model, files.model_id, sampling, plan, held_out, chunk),
+            numbers,
+        )
 
     def shards(self, location: str, manifest: Manifest) -> Iterator[Tensor]:
         """Features of a data set's images, shard by shard."""

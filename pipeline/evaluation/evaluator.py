@@ -11,10 +11,11 @@ from pipeline.config import EvaluateConfig
 from pipeline.errors import UserError, WorldError
 from pipeline.evaluation.actors import Workers, open_workers
 from pipeline.evaluation.features import FeatureExtractor, extractor_of
-from pipeline.evaluation.measure import Model, OutOfTimeError, measure, reference_of
+from pipeline.evaluation.measure import measure
 from pipeline.evaluation.outcome import Evaluation, Failure, Outcome, Skipped
 from pipeline.evaluation.protocol import Protocol
 from pipeline.evaluation.selection import fitting, images_location, lacking, protocol_of, protocols_of, select, selected
+from pipeline.evaluation.subject import Model, OutOfTimeError, reference_of
 from pipeline.evaluation.weights import Candidate, fetch
 from pipeline.provenance import code_record
 from pipeline.storage import UnreachableError
@@ -228,7 +229,9 @@ def _evaluate_one(
             record["note"] = found.note
         lease.check()
         tracker.log_result(checkpoint, identity=own.identity, protocol=record, metrics=found.metrics[metric])
-    found.gathering.discard()
+    if found.terms is not None:
+        tracker.log_terms(checkpoint, found.terms, suffix=candidate.metric_suffix)
+    found.discard()
     values = _stored(checkpoint, protocols)
     for metric in missing:
         values |= found.metrics[metric]

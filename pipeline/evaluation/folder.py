@@ -10,10 +10,11 @@ from pipeline.errors import UserError
 from pipeline.evaluation.actors import ModelFiles, open_workers
 from pipeline.evaluation.evaluator import Deadline, num_chunks
 from pipeline.evaluation.features import extractor_of
-from pipeline.evaluation.measure import Model, OutOfTimeError, measure, reference_of
+from pipeline.evaluation.measure import measure
 from pipeline.evaluation.outcome import Evaluation, Outcome, Skipped
 from pipeline.evaluation.protocol import Protocol
 from pipeline.evaluation.selection import images_location, protocols_of
+from pipeline.evaluation.subject import Model, OutOfTimeError, reference_of
 from pipeline.generation import check_sampling
 from pipeline.model_folder import EMA_FILE, META_FILE
 
@@ -64,7 +65,7 @@ def evaluate_folder(config: EvaluateConfig) -> Outcome:
         except OutOfTimeError:
             reason = "--max-minutes are over; the same command goes on with what is missing"
             return Outcome(skipped=[Skipped(run=config.checkpoint, step=meta.step, reason=reason)])
-    found.gathering.discard()
+    found.discard()
     protocol = next(iter(protocols.values()))
     values = {name: value for group in found.metrics.values() for name, value in group.items()}
     evaluation = Evaluation(

@@ -2,9 +2,8 @@
 
 import logging
 import math
-import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -12,43 +11,29 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.config import EvaluateConfig, SamplingConfig
-from pipeline.data.manifest import Manifest, load_manifest
-from pipeline.errors import UserError, WorldError
-from pipeline.evaluation.actors import ModelFiles, Workers
+from pipeline.data.manifest import Manifest
+from pipeline.errors import WorldError
+from pipeline.evaluation.actors import Workers
+from pipeline.evaluation.bound import BOUND_NAMES
+from pipeline.evaluation.eta import Progress
 from pipeline.evaluation.feature_sample import FeatureSample
 from pipeline.evaluation.features import FeatureExtractor
 from pipeline.evaluation.gathering import Accumulator, Chunk, Gathering, Moments, OfFeatures
-from pipeline.evaluation.metrics import Gathered, compute, needs_sample, score_accumulator
+from pipeline.evaluation.measure_bound import measure_bound
+from pipeline.evaluation.metrics import BOUND, Gathered, compute, needs_sample, score_accumulator
 from pipeline.evaluation.protocol import Protocol
 from pipeline.evaluation.reference import reference_sample, reference_statistics
 from pipeline.evaluation.saved_images import SavedImages
 from pipeline.evaluation.statistics import FeatureStatistics
+from pipeline.evaluation.subject import Model, OutOfTimeError
 from pipeline.generation import labels_of_chunk
 from pipeline.images import image_grid
-from pipeline.model_folder import Meta
 
-__all__ = ["Measurement", "Model", "OutOfTimeError", "measure", "reference_of"]
+__all__ = ["Measurement", "measure"]
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_LINES = 10.0
 _SHEET_IMAGES = 64
-
-
-class OutOfTimeError(Exception):
-    """``--max-minutes`` are over; the chunks so far are kept."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """What is measured."""
-
-    name: str
-    """In words, for messages."""
-    files: ModelFiles
-    meta: Meta
-    images: str | None
-    """Where its images are to be saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,36 +44,15 @@ class Measurement:
     """For each metric of ``--metrics`` its values, by the names under which they are logged."""
     note: str | None
     """What makes them worth less than they look."""
-    gathering: Gathering
+    gatherings: Sequence[Gathering]
     """To be discarded once the numbers are safe."""
+    terms: str | None = None
+    """The terms of the variational bound as CSV, if it was measured."""
 
-
-def reference_of(location: str, model: Model, *, digest: str | None = None) -> Manifest:
-    """The data set that a model is compared with.
-
-    Args:
-        location: The data set.
-        model: Whose images must have its size and channels.
-        digest: What the data set was when the model was trained; None: any will do.
-
-    Raises:
-        UserError: No data set, or one of another size or number of channels.
-        WorldError: The data set is not what it was, or storage does not answer.
-    """
-    manifest, made = load_manifest(location), model.meta.config.model
-    if (manifest.image_size, manifest.image_channels) != (made.image_size, made.image_channels):
-        theirs, ours = (_shape(size, n) for size, n in (
-            (manifest.image_size, manifest.image_channels), (made.image_size, made.image_channels)
-        ))  # fmt: skip
-        raise UserError(
-            f"{location} holds images of {theirs}, {model.name} makes {ours}; give a data set of that shape"
-        )
-    if digest is not None and manifest.digest != digest:
-        raise WorldError(
-            f"{location} is no longer the data set that {model.name} was trained on "
-            f"(digest {manifest.digest[:12]}, was {digest[:12]})"
-        )
-    return manifest
+    def discard(self) -> None:
+        """Removes what was kept for going on after a kill."""
+        for gathering in self.gatherings:
+            gathering.discard()
 
 
 def measure(
@@ -122,6 +86,41 @@ def measure(
         WorldError: Images, features or the reference are damaged, or a server does not answer.
         OutOfTimeError: As ``after_chunk`` raised it; what was made is kept.
     """
+    of_images = {metric: own for metric, own in metrics.items() if metric != BOUND}
+    found = Measurement(metrics={}, note=None, gatherings=[])
+    if of_images or model.images is not None:
+        found = _measure_images(
+            config, model, manifest, location, protocol, of_images, extractor, workers, after_chunk, on_sheet
+        )
+    if BOUND in metrics:
+        likelihood, gathering = measure_bound(config, model, metrics[BOUND], workers, after_chunk)
+        suffix = metrics[BOUND].metric.removeprefix(BOUND_NAMES[0])
+        values = {name + suffix: value for name, value in zip(BOUND_NAMES, likelihood.values(), strict=True)}
+        found = replace(
+            found,
+            metrics={**found.metrics, BOUND: values},
+            gatherings=[*found.gatherings, gathering],
+            terms=likelihood.to_csv(),
+        )
+    for name, value in (item for group in found.metrics.values() for item in group.items()):
+        if not math.isfinite(value):
+            raise WorldError(f"{name} of {model.name} came out as {value}")
+    return found
+
+
+def _measure_images(
+    config: EvaluateConfig,
+    model: Model,
+    manifest: Manifest,
+    location: str,
+    protocol: Protocol,
+    metrics: Mapping[str, Protocol],
+    extractor: FeatureExtractor,
+    workers: Workers,
+    after_chunk: Callable[[], None],
+    on_sheet: Callable[[np.ndarray], None] | None,
+) -> Measurement:
+    """All metrics of generated images, from one pass."""
     _, sample_of_real = needs_sample([*metrics])
     real = reference_sample(location, manifest, extractor, workers) if sample_of_real else None
     reference = reference_statistics(location, manifest, extractor, workers)
@@ -139,13 +138,10 @@ def measure(
         saved.finish()
     gathered = _gathered(gathering.accumulators, reference, real)
     values = {metric: compute(metric, gathered, own, extractor) for metric, own in metrics.items()}
-    for name, value in (item for group in values.values() for item in group.items()):
-        if not math.isfinite(value):
-            raise WorldError(f"{name} of {model.name} came out as {value}")
     note = _note(gathered.generated.n, reference.n, extractor.dim)
     if note:
         logger.warning("%s: %s", model.name, note)
-    return Measurement(metrics=values, note=note, gathering=gathering)
+    return Measurement(metrics=values, note=note, gatherings=[gathering])
 
 
 def _kept_for(metrics: Collection[str]) -> list[str]:
@@ -215,7 +211,7 @@ def _gather(
     numbers = range(gathering.next_chunk, math.ceil(wanted / size))
     if gathering.next_chunk:
         logger.info("%s: going on after %d chunks", model.name, gathering.next_chunk)
-    progress = _Progress(model.name, wanted, done=min(wanted, gathering.next_chunk * size))
+    progress = Progress(model.name, wanted, done=min(wanted, gathering.next_chunk * size))
     with_images = numbers if model.images is not None else (0,) if on_sheet is not None else ()
     try:
         for number, features, images in workers.chunks(
@@ -233,38 +229,9 @@ def _gather(
         raise
 
 
-class _Progress:
-    """A line with the speed and the time left, now and then."""
-
-    def __init__(self, name: str, wanted: int, *, done: int) -> None:
-        self._name, self._wanted, self._before, self._done = name, wanted, done, done
-        self._began = time.monotonic()
-        self._next_line = self._began + _SECONDS_BETWEEN_LINES
-
-    def add(self, count: int) -> None:
-        self._done += count
-        now = time.monotonic()
-        if now < self._next_line:
-            return
-        self._next_line = now + _SECONDS_BETWEEN_LINES
-        rate = (self._done - self._before) / (now - self._began)
-        logger.info(
-            "%s: %d/%d images, %.1f images/s, about %.0f s left",
-            self._name,
-            self._done,
-            self._wanted,
-            rate,
-            (self._wanted - self._done) / rate,
-        )
-
-
 def _note(generated: int, reference: int, dim: int) -> str | None:
     fewer = min(generated, reference)
     if fewer > dim:
         return None
     which = "generated" if generated <= reference else "reference"
     return f"{fewer} {which} images for features of length {dim}: the covariance is singular and the bias large"
-
-
-def _shape(size: int, channels: int) -> str:
-    return f"{channels}x{size}x{size}"

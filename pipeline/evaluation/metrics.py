@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from pipeline.config import METRICS
+from pipeline.config import METRICS, EvaluateConfig
 from pipeline.errors import UserError, WorldError
+from pipeline.evaluation.bound import bound_protocol
 from pipeline.evaluation.feature_sample import MOST_FEATURES
 from pipeline.evaluation.features import FeatureExtractor, NetworkExtractor
 from pipeline.evaluation.frechet import LEVELS, frechet_infinity, frechet_standard_error
@@ -21,7 +22,10 @@ from pipeline.evaluation.neighbours import BALL_NEIGHBOURS, DENSITY_NEIGHBOURS, 
 from pipeline.evaluation.protocol import Protocol
 from pipeline.evaluation.statistics import FeatureStatistics, frechet_distance
 
-__all__ = ["Gathered", "compute", "metric_protocol", "needs_sample", "score_accumulator"]
+__all__ = ["BOUND", "Gathered", "compute", "metric_protocol", "needs_sample", "score_accumulator"]
+
+BOUND = "bpd"
+"""The metric that is computed from held-out images instead of generated ones."""
 
 _NORMAL_95 = 1.959964
 """Half the width of a normal distribution's 95 % interval, in standard deviations."""
@@ -61,17 +65,25 @@ def score_accumulator(extractor: FeatureExtractor, num_images: int) -> Inception
     return InceptionScore(network.logits, num_images=num_images, num_classes=NUM_CLASSES)
 
 
-def metric_protocol(metric: str, of_distance: Protocol, extractor: FeatureExtractor) -> Protocol:
+def metric_protocol(
+    metric: str, of_distance: Protocol, extractor: FeatureExtractor, config: EvaluateConfig
+) -> Protocol:
     """The protocol of a metric: that of the Frechet distance with another name, and what this metric adds.
 
     Args:
         metric: One of ``METRICS``.
         of_distance: The Frechet distance's.
         extractor: The feature network.
+        config: What ``bpd`` is measured on.
+
+    Raises:
+        UserError: The data set for ``bpd`` is not there.
     """
     if metric == "fd":
         return of_distance
     suffix = of_distance.metric.removeprefix(extractor.metric)
+    if metric == BOUND:
+        return bound_protocol(config, of_distance, suffix)
     return replace(of_distance, metric=_names(metric, extractor)[0] + suffix, settings=_SETTINGS[metric])
 
 
@@ -79,7 +91,7 @@ def compute(metric: str, gathered: Gathered, protocol: Protocol, extractor: Feat
     """The values of a metric by the names under which they are logged; the first is ``protocol.metric``.
 
     Args:
-        metric: One of ``METRICS``.
+        metric: One of ``METRICS`` but ``BOUND``, which needs no generated images.
         gathered: With the parts that it needs.
         protocol: As ``metric_protocol`` gave it.
         extractor: The feature network.
@@ -153,7 +165,7 @@ _COMPUTE: Mapping[str, Callable[[Gathered], tuple[float, ...]]] = {
     "prdc": _overlap,
     "is": _score,
 }
-assert _COMPUTE.keys() == {*METRICS}
+assert _COMPUTE.keys() | {BOUND} == {*METRICS}
 
 _SAMPLE = f"of at most {MOST_FEATURES} images"
 _SETTINGS: Mapping[str, str] = {

@@ -88,7 +88,7 @@ def protocol_of(config: EvaluateConfig, candidate: Candidate, extractor: Feature
 
 def protocols_of(config: EvaluateConfig, distance: Protocol, extractor: FeatureExtractor) -> dict[str, Protocol]:
     """The protocol of each wanted metric, given that of the Frechet distance."""
-    return {metric: metric_protocol(metric, distance, extractor) for metric in config.metrics}
+    return {metric: metric_protocol(metric, distance, extractor, config) for metric in config.metrics}
 
 
 def lacking(config: EvaluateConfig, candidate: Candidate, extractor: FeatureExtractor) -> dict[str, Protocol]:

@@ -214,6 +214,12 @@ class Tracker:
         results.log_sheet(self.client, checkpoint, pixels)
 
     @one_line_errors
+    def log_terms(self, checkpoint: Checkpoint, table: str, *, suffix: str) -> None:
+        """Logs the terms of a checkpoint's variational bound, a CSV file."""
+        path = f"likelihood/step-{checkpoint.step:08d}{suffix}.csv"
+        self.client.log_text(checkpoint.run_id, table, path)
+
+    @one_line_errors
     def last_sheet(self, run_id: str) -> tuple[int, bytes] | None:
         """Step and PNG bytes of a run's last sample sheet."""
         steps = results.sheet_steps(self.client, run_id)

@@ -296,3 +296,20 @@ def test_a_metric_asked_for_later_is_added_to_a_checkpoint_whose_other_results_s
 def test_an_inception_score_of_other_features_is_refused_before_anything_starts() -> None:
     with pytest.raises(UserError, match="--metrics is: efficientnet-lite0 tells no classes"):
         load_job("evaluate").main(["--run", "any", "--metrics", "is"])
+
+
+def test_bits_per_dimension_come_from_held_out_images_and_the_same_ones_for_two_workers(job: Any) -> None:
+    run_id = publish_run(Tracker(), "likely", 10)
+    publish_run(Tracker(), "again", 10)
+    words = ["--metrics", "bpd", "--held-out", "digits", "--bound-images", "120", "--bound-stride", "250", *QUICK]
+    (first,) = job("--run", "likely", *words)["evaluated"]
+    (second,) = job("--run", "again", *words, "--num-workers", "2")["evaluated"]
+    assert first["metrics"] == second["metrics"]
+    assert first["metric"] == "bpd"
+    parts = [first["metrics"][f"bpd_{name}"] for name in ("prior", "decoder", "steps")]
+    assert first["value"] == pytest.approx(sum(parts))
+    client = Tracker().client
+    assert client.get_run(run_id).data.metrics["bpd"] == first["value"]
+    assert [file.path for file in client.list_artifacts(run_id, "likelihood")] == ["likelihood/step-00000010.csv"]
+    assert "nothing to do" in job("--run", "likely", *words)["text"]
+    assert job("--run", "likely", *words, "--bound-images", "100")["evaluated"], "another number of images"
