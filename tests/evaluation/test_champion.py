@@ -11,13 +11,15 @@ from publishing import prepare_digits, publish_run
 
 from pipeline.config import EvaluateConfig, ProtocolConfig
 from pipeline.errors import UserError
-from pipeline.evaluation.champion import crown, is_clearly_better
+from pipeline.evaluation.champion import Scored, crown, is_clearly_better
 from pipeline.evaluation.features import load_extractor
+from pipeline.evaluation.metrics import metric_protocol
 from pipeline.evaluation.selection import protocol_of, selected
 from pipeline.serving import ImageModel
 from pipeline.tracking import Tracker
 
 WANTED = EvaluateConfig(pending=True)
+METRIC = "fd_efficientnet_lite0"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,12 @@ def tracker(home: str, monkeypatch: pytest.MonkeyPatch) -> Tracker:
     return Tracker()
 
 
-def log(tracker: Tracker, config: EvaluateConfig, values: Mapping[tuple[str, int], float]) -> None:
+def log(
+    tracker: Tracker,
+    config: EvaluateConfig,
+    values: Mapping[tuple[str, int], float],
+    standard_error: float | None = None,
+) -> None:
     """Stores results, as evaluations do."""
     extractor = load_extractor(config.protocol.features)
     for candidate in selected(config, tracker):
@@ -46,6 +53,10 @@ def log(tracker: Tracker, config: EvaluateConfig, values: Mapping[tuple[str, int
             protocol = protocol_of(config, candidate, extractor)
             metrics = {protocol.metric: value}
             tracker.log_result(checkpoint, identity=protocol.identity, protocol=protocol.to_record(), metrics=metrics)
+            if standard_error is not None:
+                own = metric_protocol("fd-interval", protocol, extractor, config)
+                metrics = {protocol.metric: value, f"{protocol.metric}_stderr": standard_error}
+                tracker.log_result(checkpoint, identity=own.identity, protocol=own.to_record(), metrics=metrics)
 
 
 def test_the_champion_changes_only_for_a_clearly_better_result_of_the_same_protocol(
@@ -83,9 +94,36 @@ def test_the_champion_changes_only_for_a_clearly_better_result_of_the_same_proto
     assert names == {"MLmodel", "ema.safetensors", "meta.json"}
 
 
-@pytest.mark.parametrize(("new", "is_better"), [(97.9, True), (98.0, False), (99.0, False), (120.0, False)])
-def test_a_distance_is_clearly_smaller_by_more_than_the_margin(new: float, is_better: bool) -> None:
-    assert is_clearly_better(new, 100.0, margin=0.02) is is_better
+def scored(tracker: Tracker, value: float, standard_error: float | None) -> Scored:
+    return Scored(checkpoint=tracker.checkpoints("1")[0], value=value, standard_error=standard_error)
+
+
+@pytest.mark.parametrize(
+    ("new", "error", "is_better"),
+    [
+        (97.9, None, True),
+        (98.0, None, False),
+        (120.0, None, False),
+        (99.0, 0.3, True),  # 1.0 is more than 1.96 * 0.3 * sqrt(2) = 0.83
+        (99.2, 0.3, False),
+        (95.0, 3.0, False),
+    ],
+)
+def test_a_distance_is_clearly_smaller_by_more_than_its_uncertainty_or_the_margin(
+    tracker: Tracker, new: float, error: float | None, is_better: bool
+) -> None:
+    old = scored(tracker, 100.0, error)
+    assert is_clearly_better(scored(tracker, new, error), old, margin=0.02) is is_better
+
+
+def test_measured_intervals_decide_in_place_of_the_margin(tracker: Tracker) -> None:
+    wanted = EvaluateConfig(pending=True, protocol=ProtocolConfig(num_images=70), register="intervals")
+    log(tracker, wanted, {("first", 10): 100.0, ("second", 10): 99.0}, standard_error=0.1)
+    assert crown(wanted, tracker) == f"champion of intervals: version 1, second step 10 with {METRIC} 99.0000"
+    log(tracker, wanted, {("first", 20): 98.6}, standard_error=0.1)
+    found = crown(wanted, tracker)
+    assert found is not None, "0.4 is within the margin of 2 %, and more than 1.96 * 0.1 * sqrt(2)"
+    assert found.endswith("before second step 10 with 99.0000")
 
 
 def test_a_served_model_refuses_what_it_does_not_know(home: str) -> None:
