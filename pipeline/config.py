@@ -462,6 +462,8 @@ class EvaluateConfig:
     """Images of --held-out that bpd is measured on, drawn at random; always the same ones."""
     bound_stride: int = 20
     """bpd evaluates one step of each run of so many, without bias; 1 takes all T."""
+    weights: Literal["ema", "raw"] = "ema"
+    """With --checkpoint: the average of the weights, or the last ones, which only $DDPM_HOME/runs/NAME/step-N holds."""
     ema_width: float | None = None
     """Instead of the EMA: an average of this relative width, made from the run's --ema-power averages, e.g. 0.08."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -485,6 +487,8 @@ class EvaluateConfig:
             raise UserError("give one of --run, --pending, --checkpoint and --report")
         if (self.checkpoint is None) != (self.reference is None):
             raise UserError("--checkpoint and --reference go together: give both or none")
+        if self.weights == "raw" and self.checkpoint is None:
+            raise UserError("--weights raw: only averages are published; give a folder of runs/NAME as --checkpoint")
         if self.watch and not self.pending:
             raise UserError("--watch looks for pending checkpoints; give --pending as well")
         if self.max_checkpoints is not None:

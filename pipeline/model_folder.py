@@ -26,6 +26,7 @@ from pipeline.errors import UserError, WorldError
 __all__ = [
     "EMA_FILE",
     "META_FILE",
+    "MODEL_FILE",
     "Meta",
     "average_file",
     "average_files",
@@ -42,6 +43,8 @@ __all__ = [
 
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
+MODEL_FILE = "model.safetensors"
+"""The raw weights, in resumable checkpoints only."""
 Tensors = dict[str, Tensor]
 
 

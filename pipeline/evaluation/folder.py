@@ -1,11 +1,12 @@
 """A model folder is measured against a data set, without MLflow: nothing is published, the result is printed."""
 
 import contextlib
+import tempfile
 import time
+from pathlib import Path
 
 from pipeline import cluster, storage
 from pipeline.config import EvaluateConfig
-from pipeline.data.manifest import load_manifest
 from pipeline.errors import UserError
 from pipeline.evaluation.actors import ModelFiles, open_workers
 from pipeline.evaluation.evaluator import Deadline, num_chunks
@@ -16,7 +17,15 @@ from pipeline.evaluation.protocol import Protocol
 from pipeline.evaluation.selection import images_location, protocols_of
 from pipeline.evaluation.subject import Model, OutOfTimeError, reference_of
 from pipeline.generation import check_sampling
-from pipeline.model_folder import EMA_FILE, META_FILE
+from pipeline.model_folder import (
+    EMA_FILE,
+    META_FILE,
+    MODEL_FILE,
+    load_tensors,
+    read_meta,
+    write_meta,
+    write_tensors,
+)
 
 __all__ = ["evaluate_folder"]
 
@@ -31,15 +40,16 @@ def evaluate_folder(config: EvaluateConfig) -> Outcome:
     assert config.checkpoint is not None
     assert config.reference is not None
     started, deadline = time.monotonic(), Deadline.of(config)
-    files = _read(storage.resolve(config.checkpoint))
+    files = _read(storage.resolve(config.checkpoint), config.weights)
     meta = files.read_meta()
     check_sampling(config.sampling, meta.config)
-    name = f"{meta.config.name or 'model'}-step-{meta.step:08d}"
+    suffix = "" if config.weights == "ema" else f"-{config.weights}"
+    name = f"{meta.config.name or 'model'}-step-{meta.step:08d}{suffix}"
     model = Model(name=config.checkpoint, files=files, meta=meta, images=images_location(config, name))
     location = storage.resolve(config.reference, "data")
     manifest = reference_of(location, model)
     extractor = extractor_of(config.protocol)
-    distance = Protocol.of(config, extractor, load_manifest(location).digest, "ema")
+    distance = Protocol.of(config, extractor, manifest.digest, config.weights, suffix)
     protocols = protocols_of(config, distance, extractor)
 
     def after_chunk() -> None:
@@ -85,10 +95,27 @@ def evaluate_folder(config: EvaluateConfig) -> Outcome:
     return Outcome(evaluated=[evaluation])
 
 
-def _read(location: str) -> ModelFiles:
+def _read(location: str, which: str) -> ModelFiles:
+    file, who = (EMA_FILE, "publishes and keeps") if which == "ema" else (MODEL_FILE, "keeps in runs/NAME")
     try:
-        weights, meta = (storage.read_bytes(storage.join(location, name)) for name in (EMA_FILE, META_FILE))
+        weights, meta = (storage.read_bytes(storage.join(location, name)) for name in (file, META_FILE))
     except (FileNotFoundError, NotADirectoryError) as error:
-        wanted = f"a folder with {EMA_FILE} and {META_FILE}, as training publishes and keeps them"
+        wanted = f"a folder with {file} and {META_FILE}, as training {who} them"
         raise UserError(f"--checkpoint {location} is no model: give {wanted}") from error
-    return ModelFiles(storage.sha256_hex(weights), weights, meta)
+    files = ModelFiles(storage.sha256_hex(weights), weights, meta)
+    return files if which == "ema" else _as_published(files)
+
+
+def _as_published(files: ModelFiles) -> ModelFiles:
+    """Raw weights in the place of the average, so that they are sampled like it."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ddpm-raw-") as name,
+        tempfile.TemporaryDirectory(prefix="ddpm-raw-") as made,
+    ):
+        folder, published = Path(name), Path(made)
+        (folder / MODEL_FILE).write_bytes(files.weights)
+        (folder / META_FILE).write_bytes(files.meta)
+        meta = read_meta(folder)
+        write_tensors(published, EMA_FILE, load_tensors(folder, MODEL_FILE, meta))
+        write_meta(published, step=meta.step, config=meta.config, data=meta.data, code=meta.code)
+        return ModelFiles.read(files.model_id, published)

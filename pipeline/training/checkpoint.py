@@ -19,6 +19,7 @@ from pipeline.diffusion.averages import Averages
 from pipeline.errors import WorldError
 from pipeline.model_folder import (
     META_FILE,
+    MODEL_FILE,
     average_file,
     average_files,
     encode_meta,
@@ -34,7 +35,6 @@ from pipeline.training.worker import Worker
 
 __all__ = ["RunState", "Saver", "checkpoint_name", "load_checkpoint", "save_published"]
 
-MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 SCALER_FILE = "scaler.json"
 

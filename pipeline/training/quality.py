@@ -170,9 +170,10 @@ class Quality:
         if (self._waiting or self._running) and self._lacks_gpus():
             self.stop()
         if self._waiting or self._running:
-            logger.info(
-                "measuring the last checkpoint, at most %.0f s; --quality-images 0 measures none", _LAST_SECONDS
-            )
+            words = "measuring the last checkpoint, at most %.0f s; --quality-images 0 measures none"
+            if self._task.config.quality_images == 0:
+                words = "drawing the last checkpoint's samples, at most %.0f s"
+            logger.info(words, _LAST_SECONDS)
         give_up = time.monotonic() + _LAST_SECONDS
         while (self._waiting or self._running) and time.monotonic() < give_up:
             records += self.turn()
