@@ -432,6 +432,8 @@ class EvaluateConfig:
     """Data set that --checkpoint is compared with: a path, s3:// URI, or a name under $DDPM_HOME/data."""
     report: str | None = None
     """Evaluate nothing: write a report on this experiment, one HTML file, and log it to MLflow."""
+    compare: tuple[str, ...] = ()
+    """Measure nothing: put stored results side by side, RUN or RUN:STEP each; unlike protocols are refused."""
     experiment: str = "ddpm"
     """MLflow experiment."""
     step: int | None = None
@@ -482,9 +484,11 @@ class EvaluateConfig:
         )
 
     def __post_init__(self) -> None:
-        chosen = [self.run is not None, self.pending, self.checkpoint is not None, self.report is not None]
-        if sum(chosen) != 1:
-            raise UserError("give one of --run, --pending, --checkpoint and --report")
+        named = (self.run, self.checkpoint, self.report)
+        if sum([self.pending, len(self.compare) > 0, *(name is not None for name in named)]) != 1:
+            raise UserError("give one of --run, --pending, --checkpoint, --compare and --report")
+        if len(self.compare) == 1:
+            raise UserError(f"--compare {self.compare[0]}: give two or more, RUN or RUN:STEP")
         if (self.checkpoint is None) != (self.reference is None):
             raise UserError("--checkpoint and --reference go together: give both or none")
         if self.weights == "raw" and self.checkpoint is None:

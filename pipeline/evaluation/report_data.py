@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.evaluation.compare import MORE_IS_BETTER
 from pipeline.evaluation.protocol import differences
 from pipeline.tracking import Checkpoint, Tracker
 
@@ -12,8 +13,7 @@ __all__ = ["Curve", "Point", "ReportData", "Section", "Sheet", "collect"]
 
 _MAX_SHEETS = 12
 _DISTANCES = ("fid", "fd_")
-_SCORES = ("precision", "recall", "density", "coverage", "inception_score")
-"""Beginnings of metrics: those of Frechet distances, and those of which more is better."""
+"""Beginnings of the metrics that are Frechet distances."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Section:
     def best(self) -> list[tuple[str, Point]]:
         """Runs and results, the best first: of a distance the smallest, of a score the largest."""
         pairs = [(curve.run, point) for curve in self.curves for point in curve.points]
-        return sorted(pairs, key=lambda pair: pair[1].value, reverse=self.metric.startswith(_SCORES))
+        return sorted(pairs, key=lambda pair: pair[1].value, reverse=self.metric.startswith(MORE_IS_BETTER))
 
     @property
     def note(self) -> str:

@@ -9,6 +9,7 @@ from pipeline import cluster
 from pipeline.config import EvaluateConfig
 from pipeline.errors import WorldError
 from pipeline.evaluation.champion import crown
+from pipeline.evaluation.compare import Comparison, compare
 from pipeline.evaluation.evaluator import Deadline, evaluate, free
 from pipeline.evaluation.features import extractor_of
 from pipeline.evaluation.folder import evaluate_folder
@@ -22,10 +23,12 @@ __all__ = ["evaluate_job"]
 logger = logging.getLogger(__name__)
 
 
-def evaluate_job(config: EvaluateConfig) -> Outcome | Written:
-    """Does what ``config`` asks for. Raises as ``evaluate``, ``evaluate_folder`` and ``write_report``."""
+def evaluate_job(config: EvaluateConfig) -> Outcome | Written | Comparison:
+    """Does what ``config`` asks for. Raises as ``evaluate``, ``evaluate_folder``, ``compare`` and ``write_report``."""
     if config.report is not None:
         return write_report(config)
+    if config.compare:
+        return compare(config.compare, Tracker())
     if config.checkpoint is not None:
         return evaluate_folder(config)
     return _watch(config) if config.watch else _once(config, Deadline.of(config))

@@ -96,8 +96,11 @@ def test_an_unknown_source_lists_the_known_ones(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "error: give one of --run, --pending, --checkpoint and --report (jobs/"),
-        (["--pending", "--run", "x"], "error: give one of --run, --pending, --checkpoint and --report (jobs/"),
+        ([], "error: give one of --run, --pending, --checkpoint, --compare and --report (jobs/"),
+        (
+            ["--pending", "--run", "x"],
+            "error: give one of --run, --pending, --checkpoint, --compare and --report (jobs/",
+        ),
         (["--pending", "--experiment", "nothing"], "no experiment 'nothing'"),
         (["--run", "nobody"], "no run is called 'nobody'"),
         (["--pending", "--features", "inception"], "--inception-weights"),
