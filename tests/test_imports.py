@@ -12,14 +12,15 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("jobs/*.py")])
 
 _ENGINE = {
-    "cluster", "config", "data", "diffusion", "draws", "errors", "generation", "images", "model_folder", "provenance",
-    "storage", "tracking",
+    "charts", "cluster", "config", "data", "diffusion", "draws", "errors", "generation", "images", "model_folder",
+    "provenance", "storage", "tracking",
 }  # fmt: skip
 MAY_KNOW = {
     "errors": set(),
     "draws": set(),
     "images": set(),
     "provenance": set(),
+    "charts": set(),
     "config": {"errors"},
     "presets": {"config", "errors"},
     "cluster": {"errors"},

@@ -1,6 +1,5 @@
 """A report on an experiment: one HTML file that needs no other, neither scripts nor the network."""
 
-import base64
 import datetime
 import html
 from collections.abc import Mapping, Sequence
@@ -8,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import storage
+from pipeline.charts.page import document, key, picture, section
 from pipeline.config import EvaluateConfig
 from pipeline.evaluation.champion import registered_name
-from pipeline.evaluation.chart import chart, colour_of
+from pipeline.evaluation.chart import chart
 from pipeline.evaluation.report_data import ReportData, Section, Sheet, collect
 from pipeline.tracking import Tracker
 
@@ -70,20 +70,16 @@ def write_report(config: EvaluateConfig) -> Written:
 
 def render(data: ReportData, *, now: datetime.datetime) -> str:
     """The page."""
-    title = f"Evaluation of {html.escape(data.experiment)}"
+    title = f"Evaluation of {data.experiment}"
     facts = [f"{data.num_checkpoints} published checkpoints", f"{data.num_pending} without a result"]
     champion = html.escape(data.champion) if data.champion else "none yet"
-    head = (
-        f"<header><h1>{title}</h1><p class='lead'>{', '.join(facts)} &middot; {now:%Y-%m-%d %H:%M %Z}</p>"
-        f"<p class='champion'><b>Champion</b> {champion}</p></header>"
+    header = (
+        f"<h1>{html.escape(title)}</h1><p class='lead'>{', '.join(facts)} &middot; {now:%Y-%m-%d %H:%M %Z}</p>"
+        f"<p class='champion'><b>Champion</b> {champion}</p>"
     )
     empty = "<section><p>No checkpoint has a result yet: run <code>jobs/evaluate.py --pending</code>.</p></section>"
     body = "".join(map(_section, data.sections)) or empty
-    return (
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
-        f"<meta name='viewport' content='width=device-width'><style>{_STYLE}</style></head>"
-        f"<body><main>{head}{body}{_sheets(data.sheets)}</main></body></html>\n"
-    )
+    return document(title, header=header, body=body + _sheets(data.sheets))
 
 
 def _section(section: Section) -> str:
@@ -102,11 +98,7 @@ def _section(section: Section) -> str:
 
 
 def _legend(section: Section) -> str:
-    items = (
-        f"<span><i style='background:{colour_of(place)}'></i>{html.escape(curve.run)}</span>"
-        for place, curve in enumerate(section.curves)
-    )
-    return f"<figcaption>{''.join(items)}</figcaption>"
+    return key([(curve.run, place) for place, curve in enumerate(section.curves)])
 
 
 def _best(section: Section) -> str:
@@ -145,42 +137,8 @@ def _protocol(protocol: Mapping[str, Any]) -> str:
 def _sheets(sheets: Sequence[Sheet]) -> str:
     if not sheets:
         return ""
-    figures = "".join(
-        f"<figure><img alt='samples of {html.escape(sheet.run)}' "
-        f"src='data:image/png;base64,{base64.b64encode(sheet.png).decode()}'>"
-        f"<figcaption>{html.escape(sheet.run)}, step {sheet.step:,}</figcaption></figure>"
+    pictures = "".join(
+        picture(sheet.png, alt=f"samples of {sheet.run}", caption=f"{sheet.run}, step {sheet.step:,}")
         for sheet in sheets
     )
-    return f"<section><h2>Samples</h2><div class='sheets'>{figures}</div></section>"
-
-
-_STYLE = """
-:root { color-scheme: light; --ink: #1f2430; --soft: #667085; --line: #e4e7ec; --paper: #fff; --back: #f5f6f8; }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; }
-main { max-width: 960px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { font-size: 27px; margin: 0; } h2 { font-size: 20px; margin: 0 0 8px; } h3 { font-size: 15px; margin: 0 0 6px; }
-small { color: var(--soft); font-weight: 400; font-size: 12px; }
-code { font: 12px ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
-.lead { margin: 2px 0 0; color: var(--soft); }
-.champion { margin: 14px 0 0; padding: 9px 14px; background: #ecfdf3; border: 1px solid #abefc6; border-radius: 8px; }
-.champion b { margin-right: 8px; }
-.unlike { margin: 4px 0 10px; padding: 8px 12px; background: #fffaeb; border: 1px solid #fedf89; border-radius: 8px; }
-section { background: var(--paper); border: 1px solid var(--line); border-radius: 12px; }
-section { padding: 22px; margin-top: 22px; }
-figure { margin: 0; } svg { width: 100%; height: auto; display: block; }
-.grid { stroke: var(--line); } .axis { stroke: #98a2b3; }
-.tick { font-size: 12px; fill: var(--soft); } .name { font-size: 13px; fill: var(--ink); }
-figcaption { color: var(--soft); font-size: 13px; margin-top: 6px; }
-figcaption span { margin-right: 16px; white-space: nowrap; color: var(--ink); }
-figcaption i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px; }
-.columns { display: grid; grid-template-columns: 1fr 1fr; gap: 26px; margin-top: 20px; }
-table { border-collapse: collapse; width: 100%; font-size: 13px; }
-td, th { text-align: left; padding: 4px 8px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 600; } .n { text-align: right; font-variant-numeric: tabular-nums; }
-.protocol td:first-child { white-space: nowrap; color: var(--soft); }
-.sheets { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 20px; }
-.sheets img { width: 100%; image-rendering: pixelated; display: block; }
-.sheets img { border: 1px solid var(--line); border-radius: 6px; }
-@media (max-width: 720px) { .columns { grid-template-columns: 1fr; } }
-"""
+    return section("Samples", f"<div class='sheets'>{pictures}</div>")

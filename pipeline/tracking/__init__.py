@@ -6,8 +6,9 @@ processes that create one sqlite store at the same time corrupt it.
 
 from pipeline.tracking.checkpoints import Checkpoint
 from pipeline.tracking.leases import Lease, LostLeaseError, Standing, standing
+from pipeline.tracking.recorded import RecordedRun
 from pipeline.tracking.runs import TIMESTAMP, DataSetInput, MetricRecord, TakenOverError, TrackedRun
 from pipeline.tracking.store import Tracker
 
-__all__ = ["TIMESTAMP", "Checkpoint", "DataSetInput", "Lease", "LostLeaseError", "MetricRecord", "Standing"]
-__all__ += ["TakenOverError", "TrackedRun", "Tracker", "standing"]
+__all__ = ["TIMESTAMP", "Checkpoint", "DataSetInput", "Lease", "LostLeaseError", "MetricRecord"]
+__all__ += ["RecordedRun", "Standing", "TakenOverError", "TrackedRun", "Tracker", "standing"]

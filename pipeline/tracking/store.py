@@ -15,9 +15,10 @@ from urllib.parse import urlsplit, urlunsplit
 from pipeline import storage
 from pipeline.config import as_params
 from pipeline.errors import UserError, WorldError, first_line
-from pipeline.tracking import leases, ownership, registry, results
+from pipeline.tracking import leases, ownership, recorded, registry, results
 from pipeline.tracking.checkpoints import Checkpoint, checkpoint_of, published
 from pipeline.tracking.ownership import Claim
+from pipeline.tracking.recorded import RecordedRun
 from pipeline.tracking.runs import DataSetInput, TrackedRun, dataset_input, one_line_errors
 
 # An outage must not hold the driver for minutes: few short retries here, records are kept and sent later instead.
@@ -160,6 +161,26 @@ class Tracker:
     def params(self, run_id: str) -> dict[str, str]:
         """Params of a run."""
         return ownership.without_claims(self.client.get_run(run_id).data.params)
+
+    @one_line_errors
+    def recorded(self, run_id: str) -> RecordedRun:
+        """A run as it stands."""
+        return recorded.recorded(self.client.get_run(run_id))
+
+    @one_line_errors
+    def children(self, parent: RecordedRun) -> list[RecordedRun]:
+        """The runs of a sweep as they stand, the oldest first."""
+        return recorded.children(self.client, parent)
+
+    @one_line_errors
+    def history(self, run_id: str, key: str) -> dict[int, float]:
+        """A metric of a run by step."""
+        return recorded.history(self.client, run_id, key)
+
+    @one_line_errors
+    def artifact(self, run_id: str, path: str) -> bytes | None:
+        """The bytes of a run's artifact in its top folder; None if there is none."""
+        return recorded.artifact(self.client, run_id, path)
 
     @one_line_errors
     def checkpoints(self, experiment_id: str, *, run_id: str | None = None) -> list[Checkpoint]:
