@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["ROUNDING", "decode_into", "encode_image", "encode_png", "image_grid", "to_model_range", "to_uint8"]
+__all__ = ["ROUNDING", "decode_into", "encode_image", "encode_png", "image_grid", "shrink_png", "to_model_range"]
+__all__ += ["to_uint8"]
 
 ROUNDING = "clamp to [-1, 1], round((x + 1) * 127.5)"
 """How generated images become bytes, in the words that an evaluation protocol records."""
@@ -136,3 +137,19 @@ def image_grid(pixels: Tensor, *, min_side: int = 512, gap: int = 1) -> Tensor:
         sheet[:, top : top + height, left : left + width] = image
     factor = max(1, math.ceil(min_side / sheet.shape[2]))
     return sheet.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+
+
+def shrink_png(data: bytes, most: int) -> bytes | None:
+    """A PNG file whose picture is at most ``most`` pixels wide, as it came if it is; None if it is no PNG file."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
+            if picture.width <= most:
+                picture.verify()
+                return data
+            height = max(1, round(picture.height * most / picture.width))
+            smaller = picture.convert("RGB").resize((most, height), Image.Resampling.LANCZOS)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+    buffer = io.BytesIO()
+    smaller.save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,9 +1,10 @@
 """Points: a value against a number or a word, and the spread of several measurements of the same thing."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.charts.axis import Axis, is_wide, number
+from pipeline.charts.axis import Axis, is_wide, number, tick_text
 from pipeline.charts.plot import Frame, Places
 from pipeline.charts.svg import clipped, element, mark, spread, text_width, tone_class
 
@@ -55,13 +56,23 @@ def dot_chart(
         axis: Axis | Places = [(at, clipped(word, step)) for word, at in places.items()]
         ats = [places[str(dot.x)] for dot in dots]
     else:
-        axis = x = Axis(numbers, *frame.x_range, is_log=is_wide(numbers) if x_log is None else x_log)
+        x = Axis(numbers, *frame.x_range, is_log=is_wide(numbers) if x_log is None else x_log)
         ats = [x.at(value) for value in numbers]
+        tried = [(x.at(value), tick_text(value)) for value in sorted(set(numbers))]
+        axis = tried if _has_room(tried) else x
     parts = frame.grid(axis, y, x_name=x_name, y_name=y_name)
     for dot, at in sorted(zip(dots, ats, strict=True), key=lambda pair: pair[0].is_best):
         parts += _dot(dot, at, y)
     parts += _labels([(dot, at, y.at(dot.y)) for dot, at in zip(dots, ats, strict=True) if dot.label], frame)
     return frame.svg(parts, label=f"{y_name} against {x_name}")
+
+
+def _has_room(places: Places) -> bool:
+    """Whether words fit side by side: numbers that were tried are better ticks than round ones."""
+    return all(
+        right - left > (text_width(first) + text_width(second)) / 2 + 8
+        for (left, first), (right, second) in itertools.pairwise(places)
+    )
 
 
 def _dot(dot: Dot, at: float, y: Axis) -> list[str]:

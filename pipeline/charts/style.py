@@ -48,7 +48,7 @@ section {{ padding: 22px 24px; margin-top: 20px; }}
 figure {{ margin: 0; }} svg {{ width: 100%; height: auto; display: block; overflow: visible; }}
 .narrow {{ display: none; }}
 .panels {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 26px 36px; }}
-.panels svg {{ max-width: 560px; }}
+.panels svg {{ max-width: 490px; }}
 .grid {{ stroke: var(--line); }} .axis {{ stroke: var(--axis); }}
 .tick {{ font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }}
 .name, .label {{ font-size: 12.5px; fill: var(--ink); }} .strong {{ font-weight: 700; }}
@@ -77,7 +77,7 @@ td:last-child, th:last-child {{ padding-right: 0; }}
 th {{ color: var(--soft); font-weight: 600; }} tr.best td {{ font-weight: 700; }}
 .n {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
 .protocol td:first-child {{ white-space: nowrap; color: var(--soft); }}
-.heat {{ border-collapse: separate; border-spacing: 3px; width: auto; min-width: min(100%, 560px); }}
+.heat {{ border-collapse: separate; border-spacing: 5px; width: auto; min-width: min(100%, 720px); }}
 .heat td, .heat th {{ border: 0; padding: 8px 10px; text-align: center; vertical-align: middle; }}
 .heat th[scope=row] {{ text-align: right; }} .heat .corner {{ text-align: right; font-weight: 400; }}
 .heat .over {{ font-weight: 400; padding-bottom: 0; }}

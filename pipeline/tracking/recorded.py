@@ -28,6 +28,7 @@ class RecordedRun:
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
     """The last value of each."""
+    artifact_uri: str
 
 
 def recorded(run: "Run") -> RecordedRun:
@@ -40,6 +41,7 @@ def recorded(run: "Run") -> RecordedRun:
         params=without_claims(run.data.params),
         tags=dict(run.data.tags),
         metrics=dict(run.data.metrics),
+        artifact_uri=run.info.artifact_uri,
     )
 
 

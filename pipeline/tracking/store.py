@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from pipeline import storage
 from pipeline.config import as_params
@@ -181,6 +181,12 @@ class Tracker:
     def artifact(self, run_id: str, path: str) -> bytes | None:
         """The bytes of a run's artifact in its top folder; None if there is none."""
         return recorded.artifact(self.client, run_id, path)
+
+    def artifact_location(self, run: RecordedRun, path: str) -> str:
+        """Where an artifact of a run can be seen: an address of the server, or where it lies."""
+        if self.uri.startswith("http"):
+            return f"{self.shown_uri.rstrip('/')}/get-artifact?path={quote(path)}&run_uuid={run.run_id}"
+        return storage.join(run.artifact_uri, path)
 
     @one_line_errors
     def checkpoints(self, experiment_id: str, *, run_id: str | None = None) -> list[Checkpoint]:
