@@ -12,6 +12,7 @@ __all__ = ["Dot", "Row", "dot_chart", "row_chart"]
 
 _ROW = 24
 _MOST_LABELS = 5
+_WIDE_ENOUGH = 600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class Dot:
     """Drawn larger, with a ring."""
     label: str = ""
     """Written beside it, if not empty; at most five are."""
+    group: str = ""
+    """Dots of one group are joined by a thin line."""
 
 
 def dot_chart(
@@ -61,6 +64,7 @@ def dot_chart(
         tried = [(x.at(value), tick_text(value)) for value in sorted(set(numbers))]
         axis = tried if _has_room(tried) else x
     parts = frame.grid(axis, y, x_name=x_name, y_name=y_name)
+    parts += _trends(dots, ats, y)
     for dot, at in sorted(zip(dots, ats, strict=True), key=lambda pair: pair[0].is_best):
         parts += _dot(dot, at, y)
     parts += _labels([(dot, at, y.at(dot.y)) for dot, at in zip(dots, ats, strict=True) if dot.label], frame)
@@ -73,6 +77,23 @@ def _has_room(places: Places) -> bool:
         right - left > (text_width(first) + text_width(second)) / 2 + 8
         for (left, first), (right, second) in itertools.pairwise(places)
     )
+
+
+def _trends(dots: Sequence[Dot], ats: Sequence[float], y: Axis) -> list[str]:
+    groups: dict[str, list[tuple[float, float]]] = {}
+    tones = {dot.group: dot.tone for dot in dots}
+    for dot, at in zip(dots, ats, strict=True):
+        if dot.group:
+            groups.setdefault(dot.group, []).append((at, y.at(dot.y)))
+    return [
+        element(
+            "polyline",
+            class_=f"trend {tone_class(tones[name])}",
+            points=" ".join(f"{x},{y}" for x, y in sorted(places)),
+        )
+        for name, places in groups.items()
+        if len(places) > 1
+    ]
 
 
 def _dot(dot: Dot, at: float, y: Axis) -> list[str]:
@@ -118,19 +139,22 @@ class Row:
 
 
 def row_chart(rows: Sequence[Row], *, x_name: str, width: int = 960) -> str:
-    """Rows of dots, each with its mean as a stroke and the standard error as a bar, as an ``<svg>`` element."""
-    names = [clipped(row.name, 0.36 * width) for row in rows]
+    """Rows of dots, each with its mean as a stroke and the standard error as a bar, as an ``<svg>`` element.
+
+    Names stand beside their rows, or above them where the picture is narrow.
+    """
+    is_narrow = width < _WIDE_ENOUGH
+    names = [clipped(row.name, (0.72 if is_narrow else 0.4) * width) for row in rows]
+    pitch = 1.9 * _ROW if is_narrow else _ROW
     frame = Frame(
         width=width,
-        height=_ROW * len(rows) + 62,
-        left=int(max(map(text_width, names))) + 14,
-        right=int(max(text_width(row.note) for row in rows)) + 24,
+        height=int(pitch * len(rows)) + 62,
+        left=10 if is_narrow else int(max(map(text_width, names))) + 14,
+        right=10 if is_narrow else int(max(text_width(row.note) for row in rows)) + 24,
         top=8,
         bottom=46,
     )
-    values = [
-        value for row in rows for value in (*row.values, row.mean - (row.error or 0), row.mean + (row.error or 0))
-    ]
+    values = [value for row in rows for value in (*row.values, *_interval(row))]
     x = Axis(values, *frame.x_range, is_log=is_wide(values), room=0.03)
     bottom, top = frame.y_range
     parts = [
@@ -138,22 +162,31 @@ def row_chart(rows: Sequence[Row], *, x_name: str, width: int = 960) -> str:
         for tick in x.ticks(frame.num_x_ticks)
     ]
     for place, (row, name) in enumerate(zip(rows, names, strict=True)):
-        parts += _row(row, name, frame.top + _ROW * (place + 0.5), x, frame)
+        level = round(top + pitch * (place + 1) - _ROW / 2, 1)
+        parts += _words(row, name, level - 17 if is_narrow else level + 4, frame, is_narrow=is_narrow)
+        parts += _row(row, level, x)
     parts += frame.x_axis(x, x_name)
     return frame.svg(parts, label=f"{x_name} of each seed")
 
 
-def _row(row: Row, name: str, level: float, x: Axis, frame: Frame) -> list[str]:
+def _interval(row: Row) -> tuple[float, float]:
+    return row.mean - (row.error or 0.0), row.mean + (row.error or 0.0)
+
+
+def _words(row: Row, name: str, base: float, frame: Frame, *, is_narrow: bool) -> list[str]:
     classes = "label strong" if row.is_best else "label"
-    base = level + 4
-    parts = [
-        element("text", name, title=row.name, class_=classes, x=frame.left - 10, y=base, text_anchor="end"),
+    x, anchor = (0, "start") if is_narrow else (frame.left - 10, "end")
+    return [
+        element("text", name, title=row.name, class_=classes, x=x, y=base, text_anchor=anchor),
         element("text", row.note, class_=classes, x=frame.width - 2, y=base, text_anchor="end"),
     ]
+
+
+def _row(row: Row, level: float, x: Axis) -> list[str]:
+    parts = []
     if row.error:
-        low, high = x.at(row.mean - row.error), x.at(row.mean + row.error)
-        classes = f"band {tone_class(row.tone)}"
-        wide = round(high - low, 1)
+        low, high = (x.at(value) for value in _interval(row))
+        classes, wide = f"band {tone_class(row.tone)}", round(high - low, 1)
         parts.append(element("rect", class_=classes, x=low, y=level - 6, width=wide, height=12, rx=2))
     for value in row.values:
         parts.append(mark(row.tone, x.at(value), level, title=f"{row.name}: {number(value, 4)}", size=3.6))

@@ -23,7 +23,7 @@ class Cell:
     """In small print below it."""
     value: float | None = None
     """What the colour says; None: there is no number."""
-    state: Literal["", "stopped", "failed", "refused", "none"] = ""
+    state: Literal["", "stopped", "failed"] = ""
     """Why there is no number."""
     is_best: bool = False
 
@@ -44,10 +44,11 @@ def heat_map(
         f"{''.join(_cell(cells.get((row, column)), values) for column in columns)}</tr>"
         for row in rows
     )
+    width = f"width:min(100%,{130 + 165 * len(columns)}px);min-width:{80 + 84 * len(columns)}px"
     return (
-        f"<div class='scroll'><table class='heat'><thead><tr><td></td><th class='over' colspan='{len(columns)}'>"
-        f"{html.escape(column_name)}</th></tr><tr><th class='corner'>{html.escape(row_name)}</th>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>"
+        f"<div class='scroll'><table class='heat' style='{width}'><thead><tr><td></td>"
+        f"<th class='over' colspan='{len(columns)}'>{html.escape(column_name)}</th></tr>"
+        f"<tr><th class='corner'>{html.escape(row_name)}</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -57,7 +58,7 @@ def _cell(cell: Cell | None, values: Sequence[float]) -> str:
     text = f"<b>{html.escape(cell.text)}</b>" if cell.text else ""
     note = f"<small>{html.escape(cell.note)}</small>" if cell.note else ""
     if cell.value is None:
-        return f"<td class='{cell.state or 'none'}'>{text}{note}</td>"
+        return f"<td class='{cell.state}'>{text}{note}</td>"
     red, green, blue = _colour(cell.value, values)
     ink = "#fff" if _luminance(red, green, blue) < 0.18 else "#111"
     best = " class='best'" if cell.is_best else ""

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pipeline.charts.style import STYLE
 from pipeline.charts.svg import tone_class
 
-__all__ = ["Column", "document", "figures", "key", "picture", "section", "table"]
+__all__ = ["Column", "document", "figures", "key", "line_key", "picture", "section", "table"]
+
+_LONG = 20
+"""Characters of a text that may need several lines."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +51,13 @@ def table(
     columns: Sequence[Column], rows: Sequence[Sequence[str]], *, best: int | None = None, caption: str = ""
 ) -> str:
     """A table of plain text; ``best`` is the row that is set off. It scrolls by itself where the page is too narrow."""
-    head = "".join(f"<th{_classes(column)}>{html.escape(column.name)}</th>" for column in columns)
+    classes = [_classes(column, [row[place] for row in rows]) for place, column in enumerate(columns)]
+    head = "".join(f"<th{kind}>{html.escape(column.name)}</th>" for column, kind in zip(columns, classes, strict=True))
     lines = []
     for place, row in enumerate(rows):
         cells = "".join(
-            f"<td{_classes(column)}>{f'<code>{html.escape(text)}</code>' if column.is_code else html.escape(text)}</td>"
-            for column, text in zip(columns, row, strict=True)
+            f"<td{kind}>{f'<code>{html.escape(text)}</code>' if column.is_code else html.escape(text)}</td>"
+            for column, kind, text in zip(columns, classes, row, strict=True)
         )
         lines.append(f"<tr{' class=best' if place == best else ''}>{cells}</tr>")
     below = f"<p class='lead'>{html.escape(caption)}</p>" if caption else ""
@@ -62,8 +66,11 @@ def table(
     )
 
 
-def _classes(column: Column) -> str:
-    return " class='n'" if column.is_number else ""
+def _classes(column: Column, texts: Sequence[str]) -> str:
+    """Long texts get room, or a narrow page would break them after every word."""
+    if column.is_number:
+        return " class='n'"
+    return " class='long'" if max(map(len, texts), default=0) > _LONG else ""
 
 
 def figures(charts: Sequence[str]) -> str:
@@ -71,10 +78,19 @@ def figures(charts: Sequence[str]) -> str:
     return f"<div class='panels'>{''.join(f'<figure>{chart}</figure>' for chart in charts)}</div>" if charts else ""
 
 
-def key(names: Sequence[tuple[str, int]]) -> str:
-    """What colours and shapes stand for."""
+def key(names: Sequence[tuple[str, int]], *, is_list: bool = False) -> str:
+    """What colours and shapes stand for, in a row or one below the other."""
     items = "".join(
         f"<span><i class='swatch {tone_class(tone)}'></i>{html.escape(name)}</span>" for name, tone in names
+    )
+    return f"<p class='key{' list' if is_list else ''}'>{items}</p>" if items else ""
+
+
+def line_key(names: Sequence[tuple[str, int | None, int]]) -> str:
+    """What lines stand for: names with their colours and dashes."""
+    items = "".join(
+        f"<span><i class='stroke {tone_class(tone)} d{dash % 3}'></i>{html.escape(name)}</span>"
+        for name, tone, dash in names
     )
     return f"<p class='key'>{items}</p>" if items else ""
 

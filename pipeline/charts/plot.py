@@ -40,7 +40,7 @@ class Frame:
     @property
     def num_x_ticks(self) -> int:
         """How many ticks the horizontal axis has room for."""
-        return max(2, (self.width - self.left - self.right) // _TICK_WIDTH)
+        return max(3, (self.width - self.left - self.right) // _TICK_WIDTH)
 
     def grid(self, x: Axis | Places, y: Axis, *, x_name: str, y_name: str) -> list[str]:
         """Lines, ticks and names of both axes; the vertical one has its name above it, so that it reads as text."""

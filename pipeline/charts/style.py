@@ -4,12 +4,12 @@ __all__ = ["STYLE"]
 
 _LIGHT = """
 color-scheme: light; --ink: #1a1f2b; --soft: #5d6678; --line: #e3e6ec; --axis: #9aa3b2; --paper: #fff; --back: #f4f5f8;
---good: #e9f7ef; --good-line: #9fd8b6; --warn: #fff6e2; --warn-line: #f2d38a; --hatch: #d5d9e1; --faint: #b4bac6;
+--good: #e9f7ef; --good-line: #9fd8b6; --warn: #fff6e2; --warn-line: #f2d38a; --hatch: #e6e8ed; --faint: #b4bac6;
 --t0: #0a6ebd; --t1: #c8500a; --t2: #07855f; --t3: #a03d8c; --t4: #9a6a00; --t5: #2f8fb3; --t6: #b3263a; --t7: #5b6470;
 """
 _DARK = """
 color-scheme: dark; --ink: #e9ecf2; --soft: #a3adbd; --line: #333a47; --axis: #6b7587; --paper: #1b1f28;
---back: #12151b; --good: #14301f; --good-line: #2c6b46; --warn: #362c12; --warn-line: #6d5820; --hatch: #3d4554;
+--back: #12151b; --good: #14301f; --good-line: #2c6b46; --warn: #362c12; --warn-line: #6d5820; --hatch: #2d3440;
 --faint: #596273; --t0: #62b3f5; --t1: #ff9457; --t2: #3fcb9e; --t3: #e391cf; --t4: #e0b040; --t5: #86cfe8;
 --t6: #ff7d8c; --t7: #b0b9c6;
 """
@@ -63,36 +63,41 @@ figure {{ margin: 0; }} svg {{ width: 100%; height: auto; display: block; overfl
 .ring {{ fill: none; stroke: var(--ink); stroke-width: 1.6; }}
 .band {{ fill: var(--c); opacity: .22; }} .mean {{ stroke: var(--ink); stroke-width: 2; }}
 .series {{ font-size: 12px; fill: var(--c); font-weight: 600; }}
-.key {{ margin: 0 0 12px; font-size: 13px; }} .key span {{ margin-right: 18px; white-space: nowrap; }}
+.series {{ paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round; }}
+.trend {{ fill: none; stroke: var(--c); stroke-width: 1.1; opacity: .55; }}
+.key {{ margin: 0 0 12px; font-size: 13px; }} .key span {{ margin-right: 18px; display: inline-block; }}
+.key.list {{ margin: 6px 0 0; }} .key.list span {{ display: block; padding-left: 18px; text-indent: -18px; }}
 .swatch {{ width: 12px; height: 12px; display: inline-block; vertical-align: -1px; margin-right: 6px; }}
 .swatch {{ background: var(--c); border-radius: 50%; }} .t1.swatch, .t5.swatch {{ border-radius: 1px; }}
+.stroke {{ width: 26px; height: 0; display: inline-block; vertical-align: 4px; margin-right: 7px; }}
+.stroke {{ border-top: 2.5px solid var(--c); }} .d1 {{ border-top-style: dashed; }} .d2 {{ border-top-style: dotted; }}
 .t2.swatch, .t6.swatch {{ border-radius: 0; clip-path: polygon(50% 0, 100% 95%, 0 95%); }}
 .t3.swatch, .t7.swatch {{ border-radius: 0; clip-path: polygon(50% 0, 100% 50%, 50% 100%, 0 50%); }}
 figcaption {{ color: var(--soft); font-size: 13px; margin-top: 6px; overflow-wrap: anywhere; }}
 .columns {{ display: grid; grid-template-columns: 1fr 1fr; gap: 26px; margin-top: 20px; }}
-.scroll {{ overflow-x: auto; }}
+.scroll {{ overflow-x: auto; }} figure + .scroll {{ margin-top: 18px; }}
 table {{ border-collapse: collapse; width: 100%; font-size: 13px; }}
 td, th {{ text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }}
+td.long {{ min-width: 200px; }}
 td:last-child, th:last-child {{ padding-right: 0; }}
 th {{ color: var(--soft); font-weight: 600; }} tr.best td {{ font-weight: 700; }}
 .n {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
 .protocol td:first-child {{ white-space: nowrap; color: var(--soft); }}
-.heat {{ border-collapse: separate; border-spacing: 5px; width: auto; min-width: min(100%, 720px); }}
+.heat {{ border-collapse: separate; border-spacing: 5px; table-layout: fixed; }}
 .heat td, .heat th {{ border: 0; padding: 8px 10px; text-align: center; vertical-align: middle; }}
 .heat th[scope=row] {{ text-align: right; }} .heat .corner {{ text-align: right; font-weight: 400; }}
 .heat .over {{ font-weight: 400; padding-bottom: 0; }}
 .heat th[scope] {{ color: var(--ink); }}
-.heat tbody td {{ min-width: 104px; border-radius: 6px; position: relative; font-variant-numeric: tabular-nums; }}
+.heat tbody td {{ border-radius: 6px; position: relative; font-variant-numeric: tabular-nums; }}
 .heat tbody td {{ print-color-adjust: exact; -webkit-print-color-adjust: exact; }}
 .heat td b {{ display: block; font-size: 15px; line-height: 1.35; }}
 .heat td small {{ display: block; color: inherit; opacity: .85; line-height: 1.35; }}
 .heat td i {{ position: absolute; top: 5px; right: 8px; font: 700 10.5px/1.2 system-ui, "DejaVu Sans", sans-serif; }}
 .heat td.best {{ box-shadow: 0 0 0 2px var(--paper), 0 0 0 4.5px var(--ink); }}
-.heat .failed, .heat .stopped, .heat .refused {{ color: var(--soft); border: 1px solid var(--line); }}
-.heat .failed {{ background: repeating-linear-gradient(45deg, var(--hatch) 0 1.5px, transparent 1.5px 8px); }}
-.heat .stopped {{ background: repeating-linear-gradient(0deg, var(--hatch) 0 1.5px, transparent 1.5px 8px); }}
-.heat .failed b, .heat .stopped b, .heat .failed small, .heat .stopped small {{ background: var(--paper); }}
-.heat .failed b, .heat .stopped b, .heat .refused b {{ font-size: 13px; }}
+.heat .failed, .heat .stopped {{ color: var(--ink); border: 1px dashed var(--axis); }}
+.heat .failed {{ background: repeating-linear-gradient(45deg, var(--hatch) 0 1.5px, transparent 1.5px 9px); }}
+.heat .stopped {{ background: repeating-linear-gradient(0deg, var(--hatch) 0 1.5px, transparent 1.5px 9px); }}
+.heat .failed b, .heat .stopped b {{ font-size: 13px; }}
 .sheets {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 260px), 1fr)); gap: 20px; }}
 .pair {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 24px; }}
 .pair figure {{ max-width: 520px; }}
@@ -102,7 +107,7 @@ th {{ color: var(--soft); font-weight: 600; }} tr.best td {{ font-weight: 700; }
 main {{ padding: 20px 10px 48px; }} section {{ padding: 16px 14px; }} h1 {{ font-size: 22px; }}
 .verdict {{ font-size: 16.5px; padding: 12px 14px; }} .columns {{ grid-template-columns: 1fr; }}
 .wide {{ display: none; }} .narrow {{ display: block; }}
-.heat tbody td {{ min-width: 84px; padding: 7px 6px; }}
+.heat td, .heat th {{ padding: 7px 4px; }} .heat td i {{ position: static; display: block; }}
 }}
 @media print {{
 body {{ background: #fff; font-size: 12.5px; }} main {{ max-width: none; padding: 0; }}

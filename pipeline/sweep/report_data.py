@@ -158,7 +158,13 @@ class SweepReport:
     def varying(self) -> list[str]:
         """Knobs that have more than one value among the trials, schedule and T first."""
         names = dict.fromkeys(["schedule", "T", *(name for trial in self.trials for name in trial.knobs)])
-        return [name for name in names if len({str(trial.knobs.get(name)) for trial in self.trials}) > 1]
+        return [
+            name for name in names if len({str(trial.knobs[name]) for trial in self.trials if name in trial.knobs}) > 1
+        ]
+
+    def sampled_knobs(self) -> list[str]:
+        """Knobs of the sampling search."""
+        return list(dict.fromkeys(name for result in self.sampled for name in result.knobs))
 
 
 def collect(tracker: Tracker, parent_run_id: str) -> SweepReport:
@@ -214,15 +220,18 @@ def describe(knobs: Mapping[str, Any]) -> str:
     words = [str(rest.pop("schedule"))] if "schedule" in rest else []
     words += [f"T={rest.pop('T')}"] if "T" in rest else []
     if rest.keys() >= _BETAS:
-        words.append(f"\N{GREEK SMALL LETTER BETA} {short(rest.pop('beta_start'))}:{short(rest.pop('beta_end'))}")
+        betas = f"{short(rest.pop('beta_start'))}:{short(rest.pop('beta_end'))}"
+        words.append(f"\N{GREEK SMALL LETTER BETA}\N{NO-BREAK SPACE}{betas}")
     return " ".join([*words, *(f"{name}={short(value)}" for name, value in rest.items())]) or "base config"
 
 
 def short(value: Any) -> str:
     """A knob's value in few characters."""
     if isinstance(value, float):
-        mantissa, _, exponent = f"{value:.3g}".partition("e")
-        return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+        if value and not 1e-3 <= abs(value) < 1e6:
+            mantissa, _, exponent = f"{value:.2e}".partition("e")
+            return f"{float(mantissa):g}e{int(exponent)}"
+        return f"{value:.4g}"
     return " ".join(map(short, value)) if isinstance(value, list) else str(value)
 
 

@@ -14,6 +14,7 @@ from pipeline.tracking import Tracker
 __all__ = ["render", "sweep_report"]
 
 _MOST_ROWS = 60
+_MOST_SAMPLED = 15
 
 
 def sweep_report(tracker: Tracker, parent_run_id: str) -> str:
@@ -33,7 +34,7 @@ def render(report: SweepReport, *, now: datetime.datetime) -> str:
         section("While training", charts.curves(report), lead=_CURVES_LEAD),
         section("Early stopping", charts.rungs(report), lead=_RUNGS_LEAD),
         section("Cost", _with(shown, charts.cost(report)) + _costs(report), lead=_COST_LEAD),
-        section("The noise schedules", _with(shown, charts.schedules(report)), lead=_schedules_lead(report)),
+        section("The noise schedules", charts.schedules(report), lead=_SCHEDULES_LEAD),
         section("Sampling without training again", _sampled(report), lead=_SAMPLING_LEAD),
         section("Failed and stopped", _unfinished(report)),
         section(f"Refused: {len(report.refused)}", _refused(report), lead=_REFUSED_LEAD),
@@ -45,11 +46,15 @@ def render(report: SweepReport, *, now: datetime.datetime) -> str:
 
 _KNOBS_LEAD = "{metric} of every trial (mean over its seeds) against what was searched; a ring marks the best trial."
 _CURVES_LEAD = (
-    "Each line is a run, measured at its checkpoints by the same protocol; the best trials have names, "
-    "a cross marks a run that ended before its last step."
+    "Each line is a trial (mean over its seeds), measured at its checkpoints by the same protocol. The best have "
+    "names; a cross marks one that ended before its last step."
 )
 _RUNGS_LEAD = "Runs were stopped early by a distance on fewer images, which is larger than that of the final protocol."
 _COST_LEAD = "Time is that of one run, training and evaluation together. Named trials are the best for their time."
+_SCHEDULES_LEAD = (
+    "How fast an image turns into noise; the thickest line is the best trial's schedule. Each is drawn at its largest "
+    "T: betas are scaled by 1000/T, so that other T follow nearly the same line."
+)
 _SAMPLING_LEAD = (
     "The checkpoints of the trials, sampled in other ways. Each row has a protocol of its own: compare models within "
     "equal knobs, and knobs within one model."
@@ -125,13 +130,6 @@ def _seeds_lead(report: SweepReport) -> str:
     return f"A mark is a seed, a stroke the mean of a trial, the band its standard error.{more}"
 
 
-def _schedules_lead(report: SweepReport) -> str:
-    Ts = sorted({trial.knobs["T"] for trial in report.trials if isinstance(trial.knobs.get("T"), int)})
-    thick = "The best trial's schedule is the thickest line."
-    scaled = "Betas are scaled by 1000/T, so that T changes little."
-    return f"{thick} {charts.dashes(Ts)}. {scaled}" if len(Ts) > 1 else thick
-
-
 def _with(shown: str, chart: str) -> str:
     return shown + chart if chart else ""
 
@@ -162,7 +160,7 @@ def _costs(report: SweepReport) -> str:
         Column(name="#", is_number=True),
         Column(name="trial"),
         Column(name=report.metric, is_number=True),
-        Column(name="std. error", is_number=True),
+        Column(name="\N{PLUS-MINUS SIGN} std. error", is_number=True),
         Column(name="behind the best", is_number=True),
         Column(name="seeds", is_number=True),
         Column(name="images", is_number=True),
@@ -198,7 +196,7 @@ def _clock(seconds: float) -> str:
 def _sampled(report: SweepReport) -> str:
     if not report.sampled:
         return ""
-    names = list(dict.fromkeys(name for result in report.sampled for name in result.knobs))
+    names = report.sampled_knobs()
     decimals = decimals_for([result.value for result in report.sampled])
     columns = [
         Column(name="trained model"),
@@ -213,7 +211,7 @@ def _sampled(report: SweepReport) -> str:
             number(result.value, decimals),
             result.identity,
         ]
-        for result in report.sampled[: _MOST_ROWS // 2]
+        for result in report.sampled[:_MOST_SAMPLED]
     ]
     left = len(report.sampled) - len(rows)
     caption = f"and {left} more in sampling_search.json of the trials" if left else ""
@@ -225,26 +223,26 @@ def _is_numeric(report: SweepReport, name: str) -> bool:
 
 
 def _unfinished(report: SweepReport) -> str:
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for trial in report.trials:
+        for run in trial.runs:
+            if run.status != "finished":
+                step = "\N{EN DASH}" if run.last_step is None else f"{run.last_step:,}"
+                why = run.error or ("by early stopping" if run.status == "stopped" else "\N{EN DASH}")
+                groups.setdefault((trial.words, run.status, step, why), []).append(run.seed)
     rows = [
-        [
-            trial.words,
-            str(run.seed),
-            run.status,
-            "\N{EN DASH}" if run.last_step is None else f"{run.last_step:,}",
-            run.error or ("by early stopping" if run.status == "stopped" else "\N{EN DASH}"),
-        ]
-        for trial in report.trials
-        for run in trial.runs
-        if run.status != "finished"
+        [words, ", ".join(map(str, seeds)), status, step, why]
+        for (words, status, step, why), seeds in list(groups.items())[:_MOST_ROWS]
     ]
+    left = len(groups) - len(rows)
     columns = [
         Column(name="trial"),
-        Column(name="seed", is_number=True),
+        Column(name="seeds"),
         Column(name="how it ended"),
         Column(name="last measured step", is_number=True),
         Column(name="why"),
     ]
-    return table(columns, rows) if rows else ""
+    return table(columns, rows, caption=f"and {left} more" if left else "") if rows else ""
 
 
 def _refused(report: SweepReport) -> str:
