@@ -13,6 +13,8 @@ __all__ = ["Dot", "Row", "dot_chart", "row_chart"]
 _ROW = 24
 _MOST_LABELS = 5
 _WIDE_ENOUGH = 600
+_BOLD = 1.12
+"""How much wider bold letters are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,13 +146,13 @@ def row_chart(rows: Sequence[Row], *, x_name: str, width: int = 960) -> str:
     Names stand beside their rows, or above them where the picture is narrow.
     """
     is_narrow = width < _WIDE_ENOUGH
-    names = [clipped(row.name, (0.72 if is_narrow else 0.4) * width) for row in rows]
+    names = [clipped(row.name, (0.66 if is_narrow else 0.36) * width) for row in rows]
     pitch = 1.9 * _ROW if is_narrow else _ROW
     frame = Frame(
         width=width,
         height=int(pitch * len(rows)) + 62,
-        left=10 if is_narrow else int(max(map(text_width, names))) + 14,
-        right=10 if is_narrow else int(max(text_width(row.note) for row in rows)) + 24,
+        left=10 if is_narrow else int(_BOLD * max(map(text_width, names))) + 14,
+        right=10 if is_narrow else int(_BOLD * max(text_width(row.note) for row in rows)) + 20,
         top=8,
         bottom=46,
     )

@@ -128,7 +128,7 @@ def _history(report: SweepReport, y_name: str, points_of: Callable[[SeedRun], Po
                 name=trial.words,
                 marks=marks,
                 tone=tone(report, trial) if is_named else None,
-                label=trial.words if is_named else "",
+                label=report.label(trial) if is_named else "",
                 weight="thick" if trial is report.trials[0] else "normal" if is_named else "thin",
                 is_dotted=is_named,
                 end=trial.status if trial.status in ("stopped", "failed") else "",
@@ -162,12 +162,12 @@ def _mean_curve(curves: Sequence[Mapping[int, float]]) -> list[Mark]:
 def seeds(report: SweepReport) -> str:
     """Every seed's objective with the mean and its standard error, the best trial first."""
     ranked = report.ranked[:MOST_ROWS]
-    if not ranked:
+    if sum(len(trial.values) for trial in ranked) < 2:
         return ""
     decimals = decimals_for([value for trial in ranked for value in trial.values])
     rows = [
         Row(
-            name=trial.words,
+            name=report.label(trial),
             values=trial.values,
             mean=trial.mean or 0.0,
             error=trial.error,
@@ -198,12 +198,13 @@ def cost(report: SweepReport) -> str:
             tone=tone(report, trial),
             error=trial.error,
             is_best=trial is report.ranked[0],
-            label=trial.words if trial in front else "",
+            label=report.label(trial) if trial in front else "",
         )
         for trial, seconds in timed
     ]
     x_name = f"time of a trial, {'minutes' if is_long else 'seconds'}"
-    return both(lambda width: dot_chart(dots, x_name=x_name, y_name=report.metric, width=width, height=320))
+    caption = "<figcaption>Named trials are the best that their time buys; the ring marks the best of all.</figcaption>"
+    return both(lambda width: dot_chart(dots, x_name=x_name, y_name=report.metric, width=width, height=320)) + caption
 
 
 def mean_of(trial: TrialReport, name: str) -> float | None:
@@ -239,7 +240,7 @@ def schedules(report: SweepReport) -> str:
                 tone=tones[place],
                 dash=dashes[place],
                 is_dotted=False,
-                weight="thick" if place == 0 else "thin" if tones[place] is None else "normal",
+                weight="thick" if place == 0 and report.ranked else "thin" if tones[place] is None else "normal",
             )
             for place, (shape, _, curve) in enumerate(drawn)
         ]

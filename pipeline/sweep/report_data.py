@@ -24,6 +24,8 @@ CSV_FILE, REFUSED_FILE, SAMPLING_FILE = "sweep.csv", "refused.json", "sampling_s
 
 _SHEET_SIDE = 1024
 """Sample sheets are shrunk to this width, pixels: a page of many megabytes is not read."""
+_MOST_CHARACTERS = 32
+"""Trials described in more words than this are labelled by their place."""
 _BY_STATUS: dict[str, Status] = {"FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
 _STATUSES: tuple[Status, ...] = ("finished", "stopped", "failed", "running")
 
@@ -33,6 +35,7 @@ _NOT_SEARCHED = {
     "resize_seconds", "worker_timeout_seconds", "loader_cache_bytes", "keep_checkpoints", "log_every", "audit_dir",
     "quality_images", "quality_gpus", "grid_images", "cache_dir", "cache_bytes", "storage_patience_seconds",
 }  # fmt: skip
+_FIRST = ("schedule", "T", "beta_start", "beta_end")
 _COSINE_ONLY, _BETAS = {"cosine_s", "max_beta"}, {"beta_start", "beta_end"}
 
 
@@ -157,10 +160,17 @@ class SweepReport:
 
     def varying(self) -> list[str]:
         """Knobs that have more than one value among the trials, schedule and T first."""
-        names = dict.fromkeys(["schedule", "T", *(name for trial in self.trials for name in trial.knobs)])
+        names = dict.fromkeys([*_FIRST, *(name for trial in self.trials for name in trial.knobs)])
         return [
             name for name in names if len({str(trial.knobs[name]) for trial in self.trials if name in trial.knobs}) > 1
         ]
+
+    def label(self, trial: TrialReport) -> str:
+        """A trial in few words: its place in the table and its schedule, where all of its knobs would be too long."""
+        if max(len(each.words) for each in self.trials) <= _MOST_CHARACTERS:
+            return trial.words
+        place = f"#{self.ranked.index(trial) + 1} " if trial in self.ranked else ""
+        return place + describe({name: trial.knobs[name] for name in ("schedule", "T") if name in trial.knobs})
 
     def sampled_knobs(self) -> list[str]:
         """Knobs of the sampling search."""
@@ -255,7 +265,7 @@ def _trials(tracker: Tracker, children: Sequence[RecordedRun], metric: str) -> l
 
 def _searched(params: Sequence[Mapping[str, Any]]) -> list[str]:
     """Knobs that differ between trials; schedule and T always, since every reader asks for them."""
-    names = dict.fromkeys(["schedule", "T", "beta_start", "beta_end", *(name for each in params for name in each)])
+    names = dict.fromkeys([*_FIRST, *(name for each in params for name in each)])
 
     def differs(name: str) -> bool:
         return len({str(each[name]) for each in params if name in each and _counts(name, each)}) > 1

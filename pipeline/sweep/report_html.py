@@ -29,7 +29,7 @@ def render(report: SweepReport, *, now: datetime.datetime) -> str:
     body = [
         section("Schedule and T", charts.grid(report), lead=_grid_lead(report)),
         section("Samples", _sheets(report), lead="The same noise for both: what differs is the model."),
-        section("Spread of the seeds", charts.seeds(report), lead=_seeds_lead(report)),
+        section(_seeds_title(report), charts.seeds(report), lead=_seeds_lead(report)),
         section("One knob at a time", _with(shown, charts.knobs(report)), lead=_KNOBS_LEAD.format(metric=metric)),
         section("While training", charts.curves(report), lead=_CURVES_LEAD),
         section("Early stopping", charts.rungs(report), lead=_RUNGS_LEAD),
@@ -50,7 +50,7 @@ _CURVES_LEAD = (
     "names; a cross marks one that ended before its last step."
 )
 _RUNGS_LEAD = "Runs were stopped early by a distance on fewer images, which is larger than that of the final protocol."
-_COST_LEAD = "Time is that of one run, training and evaluation together. Named trials are the best for their time."
+_COST_LEAD = "Time is that of one run, training and evaluation together."
 _SCHEDULES_LEAD = (
     "How fast an image turns into noise; the thickest line is the best trial's schedule. Each is drawn at its largest "
     "T: betas are scaled by 1000/T, so that other T follow nearly the same line."
@@ -111,7 +111,9 @@ def _facts(report: SweepReport) -> list[tuple[str, str, str]]:
         words = "the same for all finished runs" if same else f"to {max(images):,.0f}: not the same for all runs"
         facts.append(("Training images of a run", f"{min(images):,.0f}", words))
     if seconds:
-        facts.append(("Time of all runs", _clock(seconds), "hours:minutes:seconds" if seconds >= 3600 else "min:s"))
+        facts.append(
+            ("Time of all runs", _clock(seconds), "hours:minutes:seconds" if seconds >= 3600 else "minutes:seconds")
+        )
     return facts
 
 
@@ -120,6 +122,10 @@ def _grid_lead(report: SweepReport) -> str:
     others = [name for name in report.varying() if name not in ("schedule", "T")]
     best = f"; each cell is its best trial over {' and '.join(others)}" if others else ""
     return f"{report.metric}{mean}: darker is better{best}."
+
+
+def _seeds_title(report: SweepReport) -> str:
+    return "Spread of the seeds" if report.num_seeds > 1 else "All trials"
 
 
 def _seeds_lead(report: SweepReport) -> str:
@@ -155,33 +161,31 @@ def _costs(report: SweepReport) -> str:
     """All trials that have a value, with what they cost."""
     if not report.ranked:
         return ""
-    decimals = decimals_for([trial.mean for trial in report.ranked if trial.mean is not None])
-    columns = [
-        Column(name="#", is_number=True),
-        Column(name="trial"),
-        Column(name=report.metric, is_number=True),
-        Column(name="\N{PLUS-MINUS SIGN} std. error", is_number=True),
-        Column(name="behind the best", is_number=True),
-        Column(name="seeds", is_number=True),
-        Column(name="images", is_number=True),
-        Column(name="time, min:s", is_number=True),
-    ]
-    rows = [_cost_row(report, place, trial, decimals) for place, trial in enumerate(report.ranked[:_MOST_ROWS])]
+    columns = [Column(name="#", is_number=True), Column(name="trial"), Column(name=report.metric, is_number=True)]
+    if report.num_seeds > 1:
+        columns += [Column(name="\N{PLUS-MINUS SIGN} std. error", is_number=True), Column(name="seeds", is_number=True)]
+    columns += [Column(name=name, is_number=True) for name in ("behind the best", "images of a run", "time, min:s")]
+    rows = [_cost_row(report, place, trial) for place, trial in enumerate(report.ranked[:_MOST_ROWS])]
     left = len(report.ranked) - len(rows)
     caption = f"and {left} more in {report.csv_location or 'the CSV file'}" if left else ""
     return "<h3>All finished trials</h3>" + table(columns, rows, best=0, caption=caption)
 
 
-def _cost_row(report: SweepReport, place: int, trial: TrialReport, decimals: int) -> list[str]:
+def _cost_row(report: SweepReport, place: int, trial: TrialReport) -> list[str]:
+    decimals = decimals_for([trial.mean for trial in report.ranked if trial.mean is not None])
     best, mean = report.ranked[0].mean or 0.0, trial.mean or 0.0
     images, seconds = charts.mean_of(trial, "images"), charts.mean_of(trial, "seconds")
+    done, tried = len(trial.values), len(trial.runs)
+    spread = [
+        "\N{EN DASH}" if trial.error is None else number(trial.error, decimals),
+        str(done) if done == tried else f"{done} of {tried}",
+    ]
     return [
         str(place + 1),
         trial.words,
         number(mean, decimals),
-        "\N{EN DASH}" if trial.error is None else number(trial.error, decimals),
+        *(spread if report.num_seeds > 1 else []),
         "\N{EN DASH}" if place == 0 or best <= 0 else f"{mean / best - 1:.1%}",
-        str(len(trial.values)) if len(trial.values) == len(trial.runs) else f"{len(trial.values)} of {len(trial.runs)}",
         "\N{EN DASH}" if images is None else f"{images:,.0f}",
         "\N{EN DASH}" if seconds is None else _clock(seconds),
     ]
