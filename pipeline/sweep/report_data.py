@@ -1,31 +1,23 @@
-"""What a report on a sweep shows, read from MLflow."""
+"""Reads from MLflow what a report on a sweep shows."""
 
 import json
 import math
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.images import shrink_png
-from pipeline.sweep.report_commands import Command, commands
+from pipeline.sweep.answer import BETAS, FIRST, SampledResult, SeedRun, Sheet, Status, SweepReport, TrialReport
+from pipeline.sweep.report_commands import commands
 from pipeline.tracking import RecordedRun, Tracker
 
-__all__ = ["Points", "SampledResult", "SeedRun", "Sheet", "SweepReport", "TrialReport", "collect"]
-
-Status = Literal["finished", "stopped", "failed", "running"]
-Points = Sequence[tuple[int, float]]
-"""Values by step, in the order of the steps."""
+__all__ = ["collect"]
 
 CSV_FILE, REFUSED_FILE, SAMPLING_FILE = "sweep.csv", "refused.json", "sampling_search.json"
 """Artifacts: of the parent, the parent, and of each trial."""
 
 _SHEET_SIDE = 1024
 """Sample sheets are shrunk to this width, pixels: a page of many megabytes is not read."""
-_MOST_CHARACTERS = 32
-"""Trials described in more words than this are labelled by their place."""
 _BY_STATUS: dict[str, Status] = {"FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
 _STATUSES: tuple[Status, ...] = ("finished", "stopped", "failed", "running")
 
@@ -35,146 +27,7 @@ _NOT_SEARCHED = {
     "resize_seconds", "worker_timeout_seconds", "loader_cache_bytes", "keep_checkpoints", "log_every", "audit_dir",
     "quality_images", "quality_gpus", "grid_images", "cache_dir", "cache_bytes", "storage_patience_seconds",
 }  # fmt: skip
-_FIRST = ("schedule", "T", "beta_start", "beta_end")
-_COSINE_ONLY, _BETAS = {"cosine_s", "max_beta"}, {"beta_start", "beta_end"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SeedRun:
-    """One training run of a trial."""
-
-    run: str
-    run_id: str
-    seed: int
-    status: Status
-    error: str = ""
-    value: float | None = None
-    """The objective after the last step; only finished runs have one, since others saw fewer images."""
-    curve: Points = ()
-    """The objective by step."""
-    rungs: Points = ()
-    """The objective on fewer images, by which runs are stopped early: not comparable with ``curve``."""
-    seconds: float | None = None
-    images: float | None = None
-    """Training images seen."""
-
-    @property
-    def last_step(self) -> int | None:
-        """The last step that was measured."""
-        return max((step for step, _ in (*self.curve, *self.rungs)), default=None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialReport:
-    """One point of the search space, with a run for each seed."""
-
-    key: str
-    knobs: Mapping[str, Any]
-    """What was searched and counts for this trial: a cosine trial has no beta range."""
-    runs: Sequence[SeedRun]
-    params: Mapping[str, str] = field(default_factory=dict)
-    """Config of its first run."""
-
-    @cached_property
-    def values(self) -> list[float]:
-        """The objective of each finished seed."""
-        return [run.value for run in self.runs if run.value is not None]
-
-    @property
-    def mean(self) -> float | None:
-        """Mean over finished seeds."""
-        return statistics.fmean(self.values) if self.values else None
-
-    @property
-    def error(self) -> float | None:
-        """Standard error of the mean; one seed has none."""
-        return statistics.stdev(self.values) / math.sqrt(len(self.values)) if len(self.values) > 1 else None
-
-    @property
-    def status(self) -> Status:
-        """Of its seeds the best: one that has finished is enough for a mean."""
-        return min((run.status for run in self.runs), key=("finished", "running", "stopped", "failed").index)
-
-    @property
-    def words(self) -> str:
-        """The point in words."""
-        return describe(self.knobs)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampledResult:
-    """A result of the sampling search: a trained model under other sampling knobs."""
-
-    trial: str
-    seed: int
-    knobs: Mapping[str, Any]
-    value: float
-    identity: str
-    """Of its protocol."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sheet:
-    """Samples of a trial."""
-
-    trial: TrialReport
-    run: SeedRun
-    step: int
-    png: bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepReport:
-    """A sweep and its answer."""
-
-    name: str
-    run_id: str
-    experiment: str
-    status: str
-    """Of the parent run, in MLflow's words."""
-    metric: str
-    """The objective; smaller is better."""
-    verdict: str
-    identity: str
-    protocol: Mapping[str, Any]
-    trials: Sequence[TrialReport]
-    """The best first, then those without a value."""
-    refused: Sequence[tuple[str, str]] = ()
-    """Combinations that were never tried, and why."""
-    sampled: Sequence[SampledResult] = ()
-    best_sheet: Sheet | None = None
-    worst_sheet: Sheet | None = None
-    csv: str = ""
-    csv_location: str = ""
-    commands: Sequence[Command] = ()
-
-    @property
-    def ranked(self) -> list[TrialReport]:
-        """Trials that have a value, the best first."""
-        return [trial for trial in self.trials if trial.mean is not None]
-
-    @property
-    def num_seeds(self) -> int:
-        """Most seeds of a trial."""
-        return max((len(trial.runs) for trial in self.trials), default=0)
-
-    def varying(self) -> list[str]:
-        """Knobs that have more than one value among the trials, schedule and T first."""
-        names = dict.fromkeys([*_FIRST, *(name for trial in self.trials for name in trial.knobs)])
-        return [
-            name for name in names if len({str(trial.knobs[name]) for trial in self.trials if name in trial.knobs}) > 1
-        ]
-
-    def label(self, trial: TrialReport) -> str:
-        """A trial in few words: its place in the table and its schedule, where all of its knobs would be too long."""
-        if max(len(each.words) for each in self.trials) <= _MOST_CHARACTERS:
-            return trial.words
-        place = f"#{self.ranked.index(trial) + 1} " if trial in self.ranked else ""
-        return place + describe({name: trial.knobs[name] for name in ("schedule", "T") if name in trial.knobs})
-
-    def sampled_knobs(self) -> list[str]:
-        """Knobs of the sampling search."""
-        return list(dict.fromkeys(name for result in self.sampled for name in result.knobs))
+_COSINE_ONLY = ("cosine_s", "max_beta")
 
 
 def collect(tracker: Tracker, parent_run_id: str) -> SweepReport:
@@ -224,27 +77,6 @@ def collect(tracker: Tracker, parent_run_id: str) -> SweepReport:
     )
 
 
-def describe(knobs: Mapping[str, Any]) -> str:
-    """A point of the space in words: ``linear T=100 beta 1e-4:0.02 lr=0.001``."""
-    rest = dict(knobs)
-    words = [str(rest.pop("schedule"))] if "schedule" in rest else []
-    words += [f"T={rest.pop('T')}"] if "T" in rest else []
-    if rest.keys() >= _BETAS:
-        betas = f"{short(rest.pop('beta_start'))}:{short(rest.pop('beta_end'))}"
-        words.append(f"\N{GREEK SMALL LETTER BETA}\N{NO-BREAK SPACE}{betas}")
-    return " ".join([*words, *(f"{name}={short(value)}" for name, value in rest.items())]) or "base config"
-
-
-def short(value: Any) -> str:
-    """A knob's value in few characters."""
-    if isinstance(value, float):
-        if value and not 1e-3 <= abs(value) < 1e6:
-            mantissa, _, exponent = f"{value:.2e}".partition("e")
-            return f"{float(mantissa):g}e{int(exponent)}"
-        return f"{value:.4g}"
-    return " ".join(map(short, value)) if isinstance(value, list) else str(value)
-
-
 def _trials(tracker: Tracker, children: Sequence[RecordedRun], metric: str) -> list[TrialReport]:
     groups: dict[str, list[RecordedRun]] = {}
     for child in children:
@@ -265,19 +97,19 @@ def _trials(tracker: Tracker, children: Sequence[RecordedRun], metric: str) -> l
 
 def _searched(params: Sequence[Mapping[str, Any]]) -> list[str]:
     """Knobs that differ between trials; schedule and T always, since every reader asks for them."""
-    names = dict.fromkeys([*_FIRST, *(name for each in params for name in each)])
+    names = dict.fromkeys([*FIRST, *(name for each in params for name in each)])
 
     def differs(name: str) -> bool:
         return len({str(each[name]) for each in params if name in each and _counts(name, each)}) > 1
 
     found = [name for name in names if name in ("schedule", "T") or (name not in _NOT_SEARCHED and differs(name))]
     # A beta range is told whole.
-    return [name for name in names if name in found or (name in _BETAS and _BETAS & set(found))]
+    return [name for name in names if name in found or (name in BETAS and {*BETAS} & set(found))]
 
 
 def _counts(name: str, params: Mapping[str, Any]) -> bool:
     """Whether a knob has a meaning for a trial's schedule."""
-    return name in params and name not in (_BETAS if params.get("schedule") == "cosine" else _COSINE_ONLY)
+    return name in params and name not in (BETAS if params.get("schedule") == "cosine" else _COSINE_ONLY)
 
 
 def _seed_run(tracker: Tracker, run: RecordedRun, metric: str) -> SeedRun:

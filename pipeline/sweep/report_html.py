@@ -1,20 +1,18 @@
 """The answer of a sweep as one HTML page that needs no other file, neither scripts nor the network."""
 
-import base64
 import datetime
 import html
-from collections.abc import Sequence
 
 from pipeline.charts.axis import decimals_for, number
-from pipeline.charts.page import Column, document, key, picture, section, table
+from pipeline.charts.page import document, key, picture, section
 from pipeline.sweep import report_charts as charts
-from pipeline.sweep.report_data import Sheet, SweepReport, TrialReport, collect, short
+from pipeline.sweep import report_lines as lines
+from pipeline.sweep import report_tables as tables
+from pipeline.sweep.answer import Sheet, SweepReport
+from pipeline.sweep.report_data import collect
 from pipeline.tracking import Tracker
 
 __all__ = ["render", "sweep_report"]
-
-_MOST_ROWS = 60
-_MOST_SAMPLED = 15
 
 
 def sweep_report(tracker: Tracker, parent_run_id: str) -> str:
@@ -31,15 +29,15 @@ def render(report: SweepReport, *, now: datetime.datetime) -> str:
         section("Samples", _sheets(report), lead="The same noise for both: what differs is the model."),
         section(_seeds_title(report), charts.seeds(report), lead=_seeds_lead(report)),
         section("One knob at a time", _with(shown, charts.knobs(report)), lead=_KNOBS_LEAD.format(metric=metric)),
-        section("While training", charts.curves(report), lead=_CURVES_LEAD),
-        section("Early stopping", charts.rungs(report), lead=_RUNGS_LEAD),
-        section("Cost", _with(shown, charts.cost(report)) + _costs(report), lead=_COST_LEAD),
-        section("The noise schedules", charts.schedules(report), lead=_SCHEDULES_LEAD),
-        section("Sampling without training again", _sampled(report), lead=_SAMPLING_LEAD),
-        section("Failed and stopped", _unfinished(report)),
-        section(f"Refused: {len(report.refused)}", _refused(report), lead=_REFUSED_LEAD),
-        section("Protocol", _protocol(report), lead=_PROTOCOL_LEAD),
-        section("Files and commands", _commands(report)),
+        section("While training", lines.curves(report), lead=_CURVES_LEAD),
+        section("Early stopping", lines.rungs(report), lead=_RUNGS_LEAD),
+        section("Cost", _with(shown, charts.cost(report)) + tables.costs(report), lead=_COST_LEAD),
+        section("The noise schedules", lines.schedules(report), lead=_SCHEDULES_LEAD),
+        section("Sampling without training again", tables.sampled(report), lead=_SAMPLING_LEAD),
+        section("Failed and stopped", tables.unfinished(report)),
+        section(f"Refused: {len(report.refused)}", tables.refused(report), lead=_REFUSED_LEAD),
+        section("Protocol", tables.protocol(report), lead=_PROTOCOL_LEAD),
+        section("Files and commands", tables.commands(report)),
     ]
     return document(f"Sweep {report.name}", header=_header(report, now), body="".join(body))
 
@@ -112,7 +110,11 @@ def _facts(report: SweepReport) -> list[tuple[str, str, str]]:
         facts.append(("Training images of a run", f"{min(images):,.0f}", words))
     if seconds:
         facts.append(
-            ("Time of all runs", _clock(seconds), "hours:minutes:seconds" if seconds >= 3600 else "minutes:seconds")
+            (
+                "Time of all runs",
+                tables.clock(seconds),
+                "hours:minutes:seconds" if seconds >= 3600 else "minutes:seconds",
+            )
         )
     return facts
 
@@ -155,134 +157,3 @@ def _sheet(report: SweepReport, words: str, sheet: Sheet) -> str:
         alt=f"samples of the {words.lower()} trial",
         caption=f"{words}: {sheet.trial.words}{seed}, step {sheet.step:,}, {value}",
     )
-
-
-def _costs(report: SweepReport) -> str:
-    """All trials that have a value, with what they cost."""
-    if not report.ranked:
-        return ""
-    columns = [Column(name="#", is_number=True), Column(name="trial"), Column(name=report.metric, is_number=True)]
-    if report.num_seeds > 1:
-        columns += [Column(name="\N{PLUS-MINUS SIGN} std. error", is_number=True), Column(name="seeds", is_number=True)]
-    columns += [Column(name=name, is_number=True) for name in ("behind the best", "images of a run", "time, min:s")]
-    rows = [_cost_row(report, place, trial) for place, trial in enumerate(report.ranked[:_MOST_ROWS])]
-    left = len(report.ranked) - len(rows)
-    caption = f"and {left} more in {report.csv_location or 'the CSV file'}" if left else ""
-    return "<h3>All finished trials</h3>" + table(columns, rows, best=0, caption=caption)
-
-
-def _cost_row(report: SweepReport, place: int, trial: TrialReport) -> list[str]:
-    decimals = decimals_for([trial.mean for trial in report.ranked if trial.mean is not None])
-    best, mean = report.ranked[0].mean or 0.0, trial.mean or 0.0
-    images, seconds = charts.mean_of(trial, "images"), charts.mean_of(trial, "seconds")
-    done, tried = len(trial.values), len(trial.runs)
-    spread = [
-        "\N{EN DASH}" if trial.error is None else number(trial.error, decimals),
-        str(done) if done == tried else f"{done} of {tried}",
-    ]
-    return [
-        str(place + 1),
-        trial.words,
-        number(mean, decimals),
-        *(spread if report.num_seeds > 1 else []),
-        "\N{EN DASH}" if place == 0 or best <= 0 else f"{mean / best - 1:.1%}",
-        "\N{EN DASH}" if images is None else f"{images:,.0f}",
-        "\N{EN DASH}" if seconds is None else _clock(seconds),
-    ]
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _sampled(report: SweepReport) -> str:
-    if not report.sampled:
-        return ""
-    names = report.sampled_knobs()
-    decimals = decimals_for([result.value for result in report.sampled])
-    columns = [
-        Column(name="trained model"),
-        *(Column(name=name, is_number=_is_numeric(report, name)) for name in names),
-        Column(name=report.metric, is_number=True),
-        Column(name="protocol", is_code=True),
-    ]
-    rows = [
-        [
-            result.trial + (f" seed {result.seed}" if report.num_seeds > 1 else ""),
-            *(short(result.knobs.get(name, "\N{EN DASH}")) for name in names),
-            number(result.value, decimals),
-            result.identity,
-        ]
-        for result in report.sampled[:_MOST_SAMPLED]
-    ]
-    left = len(report.sampled) - len(rows)
-    caption = f"and {left} more in sampling_search.json of the trials" if left else ""
-    return charts.sampling(report) + table(columns, rows, best=0, caption=caption)
-
-
-def _is_numeric(report: SweepReport, name: str) -> bool:
-    return all(isinstance(result.knobs.get(name, 0), int | float) for result in report.sampled)
-
-
-def _unfinished(report: SweepReport) -> str:
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for trial in report.trials:
-        for run in trial.runs:
-            if run.status != "finished":
-                step = "\N{EN DASH}" if run.last_step is None else f"{run.last_step:,}"
-                why = run.error or ("by early stopping" if run.status == "stopped" else "\N{EN DASH}")
-                groups.setdefault((trial.words, run.status, step, why), []).append(run.seed)
-    rows = [
-        [words, ", ".join(map(str, seeds)), status, step, why]
-        for (words, status, step, why), seeds in list(groups.items())[:_MOST_ROWS]
-    ]
-    left = len(groups) - len(rows)
-    columns = [
-        Column(name="trial"),
-        Column(name="seeds"),
-        Column(name="how it ended"),
-        Column(name="last measured step", is_number=True),
-        Column(name="why"),
-    ]
-    return table(columns, rows, caption=f"and {left} more" if left else "") if rows else ""
-
-
-def _refused(report: SweepReport) -> str:
-    rows = report.refused[:_MOST_ROWS]
-    left = len(report.refused) - len(rows)
-    columns = [Column(name="combination"), Column(name="why")]
-    return table(columns, rows, caption=f"and {left} more" if left else "") if rows else ""
-
-
-def _protocol(report: SweepReport) -> str:
-    if not report.identity:
-        return ""
-    note = report.protocol.get("note")
-    warning = f"<p class='unlike'>{html.escape(str(note))}.</p>" if note else ""
-    rows: list[Sequence[str]] = [["identity", report.identity]]
-    rows += [[name, str(value)] for name, value in report.protocol.items() if name != "note"]
-    return warning + table([Column(name="field"), Column(name="value", is_code=True)], rows)
-
-
-def _commands(report: SweepReport) -> str:
-    parts = []
-    if report.csv:
-        encoded = base64.b64encode(report.csv.encode()).decode()
-        file = f"{report.name}.csv"
-        parts.append(
-            f"<p><a download='{html.escape(file)}' href='data:text/csv;base64,{encoded}'>All trials as CSV</a>"
-            f"{_location(report.csv_location)}</p>"
-        )
-    for command in report.commands:
-        lines = html.escape("\n".join(command.lines))
-        parts.append(f"<h3>{html.escape(command.purpose)}</h3><pre>{lines}</pre>")
-    return "".join(parts)
-
-
-def _location(location: str) -> str:
-    shown = html.escape(location)
-    if location.startswith(("http://", "https://")):
-        return f", in MLflow: <a href='{shown}'>sweep.csv</a>"
-    return f", in MLflow&rsquo;s store: <code>{shown}</code>" if location else ""
