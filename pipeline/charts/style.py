@@ -113,7 +113,8 @@ main {{ padding: 20px 10px 48px; }} section {{ padding: 16px 14px; }} h1 {{ font
 body {{ background: #fff; font-size: 12.5px; }} main {{ max-width: none; padding: 0; }}
 section {{ border: 0; border-top: 1px solid var(--line); border-radius: 0; padding: 14px 0; margin-top: 14px; }}
 h2, h3 {{ break-after: avoid; }} figure, tr, .heat, .verdict, dl.facts {{ break-inside: avoid; }}
-.scroll {{ overflow: visible; }} .wide {{ display: block; }} .narrow {{ display: none; }} .screen {{ display: none; }}
+.scroll {{ overflow: visible; }} td, th {{ padding: 3px 9px 3px 0; font-size: 11.5px; }} td.long {{ min-width: 0; }}
+.wide {{ display: block; }} .narrow {{ display: none; }}
 .panels, .pair {{ grid-template-columns: 1fr 1fr; }}
 * {{ print-color-adjust: exact; -webkit-print-color-adjust: exact; }}
 }}

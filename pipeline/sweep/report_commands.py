@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from pipeline.config import TrainConfig, as_params, to_flat
 
@@ -20,13 +21,22 @@ class Command:
     lines: Sequence[str]
 
 
-def commands(sweep: str, *, best: Mapping[str, str] | None, ui: Sequence[str]) -> list[Command]:
+def commands(
+    sweep: str,
+    *,
+    best: Mapping[str, str] | None,
+    ui: Sequence[str],
+    compared: Sequence[str] = (),
+    experiment_id: str = "",
+) -> list[Command]:
     """Commands for a sweep.
 
     Args:
         sweep: Its name.
         best: Params of the best trial's run, if any trial finished.
-        ui: How MLflow's page is opened.
+        ui: How MLflow's page of the sweep is opened; the address comes last.
+        compared: Ids of runs to see side by side.
+        experiment_id: Their experiment.
     """
     name = shlex.quote(sweep)
     found = [
@@ -43,7 +53,17 @@ def commands(sweep: str, *, best: Mapping[str, str] | None, ui: Sequence[str]) -
             Command(purpose="Train the winner anew (add --steps to train it for longer)", lines=[train.strip()])
         )
         found.append(Command(purpose="Measure the winner's last checkpoint by another protocol", lines=[measure]))
-    return [*found, Command(purpose="See all runs in MLflow", lines=ui)]
+    found.append(Command(purpose="See the sweep in MLflow", lines=ui))
+    if len(compared) > 1 and ui:
+        address = _compare_page(ui[-1].partition("/#/")[0], compared, experiment_id)
+        found.append(Command(purpose="See the finished runs side by side in MLflow", lines=[address]))
+    return found
+
+
+def _compare_page(server: str, run_ids: Sequence[str], experiment_id: str) -> str:
+    """MLflow's page with the params and metrics of some runs, in parallel coordinates and as a table."""
+    runs, experiments = (quote(json.dumps(ids, separators=(",", ":"))) for ids in (list(run_ids), [experiment_id]))
+    return f"{server}/#/compare-runs?runs={runs}&experiments={experiments}&workflowType=machine_learning"
 
 
 def _flags(params: Mapping[str, str]) -> list[str]:

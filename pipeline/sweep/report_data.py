@@ -16,6 +16,8 @@ __all__ = ["collect"]
 CSV_FILE, REFUSED_FILE, SAMPLING_FILE = "sweep.csv", "refused.json", "sampling_search.json"
 """Artifacts: of the parent, the parent, and of each trial."""
 
+_MOST_COMPARED = 50
+"""Runs in the address of MLflow's page that compares them, which grows with each."""
 _SHEET_SIDE = 1024
 """Sample sheets are shrunk to this width, pixels: a page of many megabytes is not read."""
 _BY_STATUS: dict[str, Status] = {"FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
@@ -73,6 +75,8 @@ def collect(tracker: Tracker, parent_run_id: str) -> SweepReport:
             parent.name,
             best=ranked[0].params if ranked else None,
             ui=tracker.ui_command(parent.run_id, parent.experiment_id),
+            compared=[run.run_id for trial in ranked for run in trial.runs if run.value is not None][:_MOST_COMPARED],
+            experiment_id=parent.experiment_id,
         ),
     )
 

@@ -14,6 +14,8 @@ __all__ = ["clock", "commands", "costs", "protocol", "refused", "sampled", "unfi
 
 _MOST_ROWS = 60
 _MOST_SAMPLED = 15
+_MOST_SHOWN = 140
+"""Characters of an address that is a link anyway."""
 
 
 def costs(report: SweepReport) -> str:
@@ -129,9 +131,19 @@ def commands(report: SweepReport) -> str:
             f"{_location(report.csv_location)}</p>"
         )
     for command in report.commands:
-        lines = html.escape("\n".join(command.lines))
+        lines = "\n".join(map(_line, command.lines))
         parts.append(f"<h3>{html.escape(command.purpose)}</h3><pre>{lines}</pre>")
     return "".join(parts)
+
+
+def _line(text: str) -> str:
+    """What can be typed, or an address that can be followed."""
+    shown = html.escape(text)
+    return f"<a href='{shown}'>{_shortened(shown)}</a>" if text.startswith(("http://", "https://")) else shown
+
+
+def _shortened(address: str) -> str:
+    return address if len(address) <= _MOST_SHOWN else f"{address[:_MOST_SHOWN]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def _location(location: str) -> str:

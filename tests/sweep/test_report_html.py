@@ -2,6 +2,7 @@
 
 import base64
 import datetime
+import html
 import io
 import re
 import xml.etree.ElementTree as ElementTree
@@ -252,6 +253,16 @@ def test_the_winner_can_be_trained_anew_with_the_config_that_it_had() -> None:
         "python jobs/train.py --name 'a b-winner' --random-flip --schedule cosine --T 400 --channel-mult 1 2 2 "
         "--no-ema-warmup"
     )
+
+
+def test_the_runs_can_be_seen_side_by_side_in_mlflow() -> None:
+    ui = ["mlflow server", "http://h:5/#/experiments/1/runs/a"]
+    found = commands("s", best=None, ui=ui, compared=["a", "b"], experiment_id="1")
+    (address,) = found[-1].lines
+    assert address.startswith("http://h:5/#/compare-runs?runs=%5B%22a%22%2C%22b%22%5D&experiments=%5B%221%22%5D")
+    text = page(replace(FULL, commands=found))
+    assert f"<a href='{html.escape(address)}'>" in text
+    assert "<pre>mlflow server\n<a href='http://h:5/#/experiments/1/runs/a'>" in text
 
 
 @pytest.mark.parametrize("T", [20, 1000])
