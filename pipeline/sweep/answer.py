@@ -178,6 +178,7 @@ def short(value: Any) -> str:
     if isinstance(value, float):
         if value and not 1e-3 <= abs(value) < 1e6:
             mantissa, _, exponent = f"{value:.2e}".partition("e")
-            return f"{float(mantissa):g}e{int(exponent)}"
+            # No line may break after a minus sign, as it may after a hyphen.
+            return f"{float(mantissa):g}e{int(exponent)}".replace("-", "\N{MINUS SIGN}")
         return f"{value:.4g}"
     return " ".join(map(short, value)) if isinstance(value, list) else str(value)

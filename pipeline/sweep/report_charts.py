@@ -42,7 +42,7 @@ def grid(report: SweepReport) -> str:
     cells = {place: _cell(report, trials, best, decimals) for place, trials in groups.items()}
     schedules = sorted({schedule for schedule, _ in groups})
     Ts = sorted({T for _, T in groups}, key=lambda T: (len(T), T))
-    return heat_map(schedules, Ts, cells, row_name="schedule", column_name="T, steps of the forward process")
+    return heat_map(schedules, Ts, cells, row_name="schedule", column_name="T, diffusion steps")
 
 
 def _cell(report: SweepReport, trials: Sequence[TrialReport], best: TrialReport | None, decimals: int) -> Cell:

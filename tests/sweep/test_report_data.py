@@ -65,7 +65,7 @@ def test_trials_are_grouped_over_their_seeds_and_ranked(tracker: Tracker) -> Non
     assert (best.values, best.error, best.status) == ([20.0, 22.0], pytest.approx(1.0), "finished")
     assert best.runs[0].curve == [(10, 40.0), (20, 20.0)]
     assert linear.runs[0].seconds == 7.0
-    assert linear.words == "linear T=100 \N{GREEK SMALL LETTER BETA}\N{NO-BREAK SPACE}1e-4:0.03"
+    assert linear.words == "linear T=100 \N{GREEK SMALL LETTER BETA}\N{NO-BREAK SPACE}1e\N{MINUS SIGN}4:0.03"
     assert best.knobs == COSINE  # A cosine trial has no beta range, whatever its config says.
     assert report.varying() == ["schedule", "beta_end"]
 
