@@ -127,13 +127,19 @@ def _seed_run(tracker: Tracker, run: RecordedRun, metric: str) -> SeedRun:
         run_id=run.run_id,
         seed=int(seed) if seed.isdecimal() else 0,
         status=status,
-        error=run.tags.get("ddpm.error", ""),
+        error=run.tags.get("ddpm.error", "" if given or status != "stopped" else _interrupted(run)),
         value=curve[-1][1] if status == "finished" and curve else None,
         curve=curve,
         rungs=rungs,
         seconds=run.metrics.get("sweep/seconds"),
         images=run.metrics.get("sweep/images_seen"),
     )
+
+
+def _interrupted(run: RecordedRun) -> str:
+    """Why a run was killed that its sweep did not stop."""
+    reason = run.tags.get("ddpm.ended", "")
+    return f"interrupted: {reason}" if reason else "interrupted"
 
 
 def _finite(values: Mapping[int, float]) -> list[tuple[int, float]]:

@@ -32,7 +32,7 @@ def render(report: SweepReport, *, now: datetime.datetime) -> str:
         section("While training", lines.curves(report), lead=_CURVES_LEAD),
         section("Early stopping", lines.rungs(report), lead=_RUNGS_LEAD),
         section("Cost", _with(shown, charts.cost(report)) + tables.costs(report), lead=_COST_LEAD),
-        section("The noise schedules", lines.schedules(report), lead=_SCHEDULES_LEAD),
+        section("The noise schedules", lines.schedules(report), lead=_SCHEDULES_LEAD if report.ranked else ""),
         section("Sampling without training again", tables.sampled(report), lead=_SAMPLING_LEAD),
         section("Failed and stopped", tables.unfinished(report)),
         section(f"Refused: {len(report.refused)}", tables.refused(report), lead=_REFUSED_LEAD),
@@ -50,7 +50,7 @@ _CURVES_LEAD = (
 _RUNGS_LEAD = "Runs were stopped early by a distance on fewer images, which is larger than that of the final protocol."
 _COST_LEAD = "Time is that of one run, training and evaluation together."
 _SCHEDULES_LEAD = (
-    "How fast an image turns into noise; the thickest line is the best trial's schedule. Each is drawn at its largest "
+    "How fast an image turns into noise. The best trial's schedule is the thickest line. Each is drawn at its largest "
     "T: betas are scaled by 1000/T, so that other T follow nearly the same line."
 )
 _SAMPLING_LEAD = (
@@ -121,6 +121,8 @@ def _facts(report: SweepReport) -> list[tuple[str, str, str]]:
 
 def _grid_lead(report: SweepReport) -> str:
     mean = ", mean over seeds \N{PLUS-MINUS SIGN} standard error" if report.num_seeds > 1 else ""
+    if not report.ranked:
+        return "No trial has a value."
     others = [name for name in report.varying() if name not in ("schedule", "T")]
     best = f"; each cell is its best trial over {' and '.join(others)}" if others else ""
     return f"{report.metric}{mean}: darker is better{best}."

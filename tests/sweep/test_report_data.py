@@ -76,14 +76,16 @@ def test_stopped_and_failed_trials_have_no_value_and_an_outcome(tracker: Tracker
     child(tracker, sweep, "f", knobs=COSINE, tags=failed, status="FAILED", metrics=[(M, 10, float("nan"))])
     rung = [(f"{M}/rung", 10, 90.0)]
     child(tracker, sweep, "s", (10, 80.0), knobs=LINEAR, tags={"ddpm.trial_status": "stopped"}, metrics=rung)
-    child(tracker, sweep, "k", (10, 70.0), knobs=LINEAR, tags={"ddpm.trial_status": "?"}, status="KILLED")
+    killed = {"ddpm.trial_status": "", "ddpm.ended": "its sweep ended"}
+    child(tracker, sweep, "k", (10, 70.0), knobs=LINEAR, tags=killed, status="KILLED")
     trials = {trial.key: trial for trial in collect(tracker, sweep).trials}
     assert {key: (trial.mean, trial.status) for key, trial in trials.items()} == {
         "f": (None, "failed"),
         "s": (None, "stopped"),
         "k": (None, "stopped"),
     }
-    assert trials["f"].runs[0].error == "loss is nan"
+    errors = {key: trial.runs[0].error for key, trial in trials.items()}
+    assert errors == {"f": "loss is nan", "s": "", "k": "interrupted: its sweep ended"}
     assert (trials["s"].runs[0].rungs, trials["s"].runs[0].last_step) == ([(10, 90.0)], 10)
 
 
