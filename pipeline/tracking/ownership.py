@@ -2,7 +2,7 @@
 
 MLflow has no locks and its tags are overwritten, but a param is written once: of several ``log_param`` with one key and
 different values, the store takes one (the key is part of the table's primary key). So a driver claims a run by writing
-the param ``ddpm.driver.N``, where N-1 is the last driver's number; whoever comes second is told so. The highest number
+the param ``zz.driver.N``, where N-1 is the last driver's number; whoever comes second is told so. The highest number
 owns the run, until its tag ``ddpm.released`` carries that number. Whoever ends a run of a dead driver writes a claim as
 well, so that ending it and taking it over exclude each other.
 """
@@ -57,7 +57,8 @@ ABANDONED_SECONDS = 600.0
 
 CREATOR, OWNER, HEARTBEAT, RELEASED = "ddpm.creator", "ddpm.owner", "ddpm.heartbeat", "ddpm.released"
 _ENDED = "ddpm.ended"
-_DRIVER = "ddpm.driver."
+_DRIVER = "zz.driver."
+"""Sorts behind every knob, which MLflow's pages show first."""
 
 
 @functools.cache

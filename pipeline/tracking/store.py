@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import getpass
 import logging
 import os
 import random
@@ -317,7 +318,8 @@ class Tracker:
         """
         creator = Claim(number=0)
         marks = {ownership.CREATOR: creator.to_json(), ownership.HEARTBEAT: str(int(creator.time))}
-        run_id = self.client.create_run(experiment_id, run_name=name, tags={**tags, **marks}).info.run_id
+        everything = {**_source_tags(), **tags, **marks}
+        run_id = self.client.create_run(experiment_id, run_name=name, tags=everything).info.run_id
         time.sleep(_SETTLE_SECONDS)
         first = min(self._runs_called(name), key=lambda run: (not _is_claimed(run), run.info.run_id))
         if first.info.run_id == run_id and not _is_claimed(first):
@@ -348,6 +350,15 @@ class Tracker:
 _OUTAGES = {"ConnectTimeout", "ConnectTimeoutError", "ConnectionClosedError", "EndpointConnectionError"}
 _OUTAGES |= {"MaxRetryError", "NewConnectionError", "ReadTimeout", "ReadTimeoutError"}
 """Classes of botocore, requests and urllib3."""
+
+
+def _source_tags() -> dict[str, str]:
+    """What MLflow's own pages show as source and creator."""
+    program = Path(sys.argv[0])
+    tags = {"mlflow.source.name": f"{program.parent.name}/{program.name}".lstrip("/"), "mlflow.source.type": "LOCAL"}
+    with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
+        tags["mlflow.user"] = getpass.getuser()
+    return tags
 
 
 def _is_outage(error: BaseException | None) -> bool:
