@@ -22,6 +22,7 @@ __all__ = [
     "METRICS",
     "ClusterConfig",
     "ComputeConfig",
+    "ConvertConfig",
     "DataConfig",
     "EvaluateConfig",
     "LossConfig",
@@ -347,6 +348,8 @@ class TrainConfig:
     """Images of a rough Frechet distance measured for every checkpoint beside training, to see a trend; 0: none."""
     quality_gpus: float = 0.0
     """GPUs for that measurement and the grid, beside those of the workers; 0: idle CPU time."""
+    init_from: str | None = None
+    """Model folder (a path or s3:// URI) whose weights a new run starts from, instead of drawn ones."""
     audit_dir: str | None = None
     """Local folder where each worker notes which images, timesteps and noise every step used (JSON lines)."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -416,6 +419,28 @@ class PrepareConfig:
             _check(self.shard_bytes >= 1, "--shard-bytes", self.shard_bytes, "at least 1")
         if self.image_channels is not None:
             _check(self.image_channels in (1, 3), "--image-channels", self.image_channels, "1 (grey) or 3 (RGB)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Turns a model of another library into a model folder, or a model folder into one of diffusers."""
+
+    source: str
+    """diffusers:FOLDER or state-dict:FILE to import, model:FOLDER (ours) to export; a path or s3:// URI."""
+    destination: str
+    """Folder to write: a path or s3:// URI; a relative path is under $DDPM_HOME, as for --checkpoint."""
+    image_size: int | None = None
+    """Height and width of the images where the source does not tell them (a state dict), pixels."""
+    step: int = 0
+    """Optimizer steps that an imported model was trained for, as far as known."""
+
+    def __post_init__(self) -> None:
+        kind, _, path = self.source.partition(":")
+        allowed = "diffusers:FOLDER, state-dict:FILE or model:FOLDER"
+        _check(kind in ("diffusers", "state-dict", "model") and bool(path), "--source", self.source, allowed)
+        _check(self.step >= 0, "--step", self.step, "at least 0")
+        if self.image_size is not None:
+            _check(self.image_size >= 1, "--image-size", self.image_size, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,7 @@ __all__ = [
     "build_unet",
     "encode_meta",
     "encode_tensors",
+    "fetch_model",
     "load_tensors",
     "read_meta",
     "verified_bytes",
@@ -187,3 +188,25 @@ def load_tensors(folder: Path, name: str, meta: Meta) -> Tensors:
         return safetensors.torch.load(verified_bytes(folder, name, meta))
     except safetensors.SafetensorError as error:
         raise WorldError(f"{folder / name} is no safetensors file: {error}") from error
+
+
+def fetch_model(location: str, folder: Path, *, patience_seconds: float = 0.0) -> tuple[Meta, Tensors]:
+    """Reads a published model from storage, verified.
+
+    Args:
+        location: The model folder: a path or an ``s3://`` URI.
+        folder: An empty local folder for its files.
+        patience_seconds: How long to wait for S3 that is unreachable.
+
+    Returns:
+        What its ``meta.json`` says, and the EMA.
+
+    Raises:
+        FileNotFoundError: No model lies there.
+        WorldError: It is damaged, or storage does not answer.
+    """
+    for name in (META_FILE, EMA_FILE):
+        data = storage.read_bytes(storage.join(location, name), patience_seconds=patience_seconds)
+        (folder / name).write_bytes(data)
+    meta = read_meta(folder)
+    return meta, load_tensors(folder, EMA_FILE, meta)

@@ -31,11 +31,12 @@ MAY_KNOW = {
     "model_folder": {"config", "diffusion", "draws", "errors", "storage"},
     "generation": {"config", "diffusion", "draws", "errors", "images"},
     "serving": {"config", "errors", "generation", "model_folder"},
+    "interop": {"config", "diffusion", "errors", "model_folder", "provenance", "storage"},
     "data": {"cluster", "config", "draws", "errors", "images", "storage"},
     "training": _ENGINE,
     "evaluation": _ENGINE,
     "sweep": _ENGINE | {"evaluation", "training"},
-    "jobs": _ENGINE | {"cli", "evaluation", "presets", "sweep", "training"},
+    "jobs": _ENGINE | {"cli", "evaluation", "interop", "presets", "sweep", "training"},
 }
 """Which modules and sub-packages of ``pipeline`` each of them (and ``jobs``) may import."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 
-__all__ = ["MAX_SIGNAL_AT_T", "SCHEDULES", "NoiseSchedule", "make_schedule"]
+__all__ = ["MAX_SIGNAL_AT_T", "REFERENCE_T", "SCHEDULES", "NoiseSchedule", "make_schedule"]
 
 SCHEDULES: tuple[str, ...] = ("linear", "cosine", "quadratic", "sigmoid")
 

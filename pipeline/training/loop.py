@@ -18,6 +18,7 @@ from pipeline.model_folder import build_schedule, build_unet, read_meta
 from pipeline.training.arithmetic import Arithmetic, make_optimizer, settle_device
 from pipeline.training.audit import AuditLog
 from pipeline.training.checkpoint import RunState, Saver, load_checkpoint
+from pipeline.training.initial import load_initial_weights
 from pipeline.training.meter import Meter
 from pipeline.training.objective import hidden_labels, image_losses
 from pipeline.training.task import TrainingTask, differences
@@ -49,6 +50,8 @@ def train(task: TrainingTask, worker: Worker, resume_from: Path | None = None) -
     arithmetic = Arithmetic(config.compute, worker.device)
     schedule = build_schedule(config.diffusion).to(worker.device)
     unet = build_unet(config.model, seed=config.seed).to(worker.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if resume_from is None:
+        load_initial_weights(unet, config)
     unet.train()
     if config.compute.compile:
         unet.compile()  # in place: the names of the weights stay

@@ -17,6 +17,7 @@ from pipeline.diffusion.unet import num_parameters
 from pipeline.errors import UserError
 from pipeline.generation import check_sampling
 from pipeline.model_folder import build_schedule, build_unet
+from pipeline.training.initial import check_initial_weights
 
 __all__ = ["DryRun", "TrainingTask", "check_model", "differences", "dry_run", "plan"]
 
@@ -134,6 +135,7 @@ def plan(config: TrainConfig) -> TrainingTask:
             "suits them), or prepare the data set anew"
         )
     _check_classes(task)
+    check_initial_weights(config)
     assert task.order.batches_per_epoch > 0
     task.read_plan()
     return task

@@ -1,0 +1,91 @@
+"""Files that others wrote: JSON objects and files of tensors. Nothing beyond tensors is ever unpickled."""
+
+import io
+import json
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pipeline import storage
+from pipeline.errors import UserError
+
+__all__ = ["Tensors", "read_object", "read_tensors"]
+
+Tensors = dict[str, Tensor]
+
+# float64 would lose bits, integers are no weights.
+_WIDENED = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def read_object(location: str) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        UserError: No such file, or something else.
+    """
+    try:
+        found = json.loads(_read(location))
+    except ValueError as error:
+        raise UserError(f"{location} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{location} holds a {type(found).__name__}; give a JSON object")
+    return found
+
+
+def read_tensors(location: str) -> Tensors:
+    """Reads a state dict: safetensors, or a file of ``torch.save`` that holds tensors alone (``weights_only``).
+
+    Returns:
+        Tensors by name, float32, without the ``module.`` that data parallelism puts before the names.
+
+    Raises:
+        UserError: No such file, another format, other things than tensors by name, or a dtype that is not float32,
+            float16 or bfloat16.
+    """
+    data = _read(location)
+    found = _torch_load(data, location) if _is_torch_file(data) else _safetensors_load(data, location)
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        held = f"{type(found).__name__} of {len(found)}" if hasattr(found, "__len__") else type(found).__name__
+        raise UserError(f"{location} holds a {held}; give a state dict: tensors by name, and nothing else")
+    return {str(name).removeprefix("module."): _widened(value, str(name), location) for name, value in found.items()}
+
+
+def _read(location: str) -> bytes:
+    try:
+        return storage.read_bytes(location)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise UserError(f"{location} is no file; give one that is there") from error
+
+
+def _is_torch_file(data: bytes) -> bool:
+    # A zip, or the pickle that torch wrote before 1.6. A safetensors file begins with the size of its header.
+    return data.startswith((b"PK", b"\x80"))
+
+
+def _torch_load(data: bytes, location: str) -> Any:
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise UserError(
+            f"{location} is no file of torch.save that holds tensors alone; save the state dict itself, or give "
+            "safetensors (programs in pickles are never run)"
+        ) from error
+
+
+def _safetensors_load(data: bytes, location: str) -> Tensors:
+    try:
+        return safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise UserError(f"{location} is neither a safetensors file nor one of torch.save: {error}") from error
+
+
+def _widened(tensor: Tensor, name: str, location: str) -> Tensor:
+    if tensor.dtype not in _WIDENED:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _WIDENED)
+        raise UserError(f"{location}: {name} is {str(tensor.dtype).removeprefix('torch.')}; give {allowed}")
+    return tensor.float()

@@ -1,0 +1,113 @@
+"""The convert job: a model of others becomes a model folder, or a model folder becomes one of diffusers."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import storage
+from pipeline.config import ConvertConfig, TrainConfig
+from pipeline.errors import UserError
+from pipeline.interop.diffusers_folder import INDEX_FILE, read_folder, write_folder
+from pipeline.interop.foreign_files import Tensors
+from pipeline.interop.state_dicts import read_state_dict
+from pipeline.model_folder import EMA_FILE, META_FILE, encode_meta, encode_tensors, fetch_model
+from pipeline.provenance import code_record
+
+__all__ = ["Converted", "convert"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What the job made."""
+
+    location: str
+    kind: str
+    """What lies there."""
+    parameters: int
+    step: int
+    image_size: int
+    T: int
+    schedule: str
+    next: str
+    """What can be done with it."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The result of ``--json``."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """For a person."""
+        facts = f"{self.parameters:,} parameters, {self.image_size}x{self.image_size}, {self.schedule}, T={self.T}"
+        return f"{self.location} is {self.kind}: {facts}, step {self.step:,}\n{self.next}"
+
+
+def convert(config: ConvertConfig) -> Converted:
+    """Converts what ``config`` names.
+
+    Raises:
+        UserError: The source is no such model, or is another network; the destination is taken.
+        WorldError: A model folder is damaged, or storage refused.
+    """
+    kind, _, path = config.source.partition(":")
+    destination = storage.resolve(config.destination)
+    for name in (META_FILE, INDEX_FILE):
+        if storage.exists(storage.join(destination, name)):
+            raise UserError(f"--destination {destination} holds a model ({name}); choose another place or delete it")
+    if kind == "model":
+        return _export(config, storage.resolve(path), destination)
+    source = path if storage.is_remote(path) else str(Path(path).expanduser().absolute())
+    trained, tensors = _READERS[kind](source, image_size=config.image_size)
+    return _import(config, source, destination, trained, tensors)
+
+
+_READERS: dict[str, Callable[..., tuple[TrainConfig, Tensors]]] = {
+    "diffusers": read_folder,
+    "state-dict": read_state_dict,
+}
+
+
+def _import(config: ConvertConfig, source: str, destination: str, trained: TrainConfig, tensors: Tensors) -> Converted:
+    weights = encode_tensors(tensors)
+    storage.write_bytes(storage.join(destination, EMA_FILE), weights)
+    meta = encode_meta(
+        step=config.step,
+        config=trained,
+        data={"location": f"unknown: imported from {source}", "digest": "", "num_images": 0, "class_names": []},
+        code=code_record(),
+        files={EMA_FILE: storage.sha256_hex(weights)},
+    )
+    storage.write_bytes(storage.join(destination, META_FILE), meta)
+    evaluate = f"python jobs/evaluate.py --checkpoint {destination} --reference DATA"
+    train = f"python jobs/train.py --init-from {destination} ..."
+    return _converted(
+        destination, "a model", config.step, trained, tensors, f"measure it: {evaluate}\ntrain on: {train}"
+    )
+
+
+def _export(config: ConvertConfig, source: str, destination: str) -> Converted:
+    if config.image_size is not None or config.step:
+        raise UserError("--image-size and --step belong to an import; a model folder knows its own")
+    with tempfile.TemporaryDirectory(prefix="ddpm-convert-") as folder:
+        try:
+            meta, tensors = fetch_model(source, Path(folder))
+        except FileNotFoundError as error:
+            wanted = f"a folder with {EMA_FILE} and {META_FILE}, as training publishes and keeps them"
+            raise UserError(f"--source model:{source} is no model: give {wanted}") from error
+    write_folder(destination, meta.config, tensors)
+    use = f"use it: DDPMPipeline.from_pretrained({destination!r})(num_inference_steps={meta.config.diffusion.T})"
+    return _converted(destination, "a folder of diffusers", meta.step, meta.config, tensors, use)
+
+
+def _converted(location: str, kind: str, step: int, trained: TrainConfig, tensors: Tensors, next_: str) -> Converted:
+    return Converted(
+        location=location,
+        kind=kind,
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        step=step,
+        image_size=trained.model.image_size,
+        T=trained.diffusion.T,
+        schedule=trained.diffusion.schedule,
+        next=next_,
+    )
