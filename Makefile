@@ -11,7 +11,7 @@ TORCH_PIP_ARGS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train tune evaluate lint types format test test-fast clean
+.PHONY: help install install-dev train tune evaluate lint types format test test-fast bench clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -63,6 +63,30 @@ test: lint types ## All checks and tests
 
 test-fast: lint types ## Without the tests that start real clusters
 	@$(BIN)/python -m pytest -m 'not slow' -n auto $(ARGS)
+
+# The peers, in environments of their own: some need older libraries than this project, none may change ours.
+BENCH := .venv-bench
+MOSAICML := .venv-mosaicml
+BENCH_PIP := -m pip install --quiet --disable-pip-version-check
+IMPROVED := $(BENCH)/improved-diffusion
+
+bench: $(BENCH)/installed ## Measure speed beside others on this quiet machine: one table (about an hour on two cores)
+	@$(BENCH)/bin/python benchmarks/suite.py --mosaicml $(CURDIR)/$(MOSAICML)/bin/python \
+		--improved-diffusion $(IMPROVED) $(ARGS)
+
+$(BENCH)/installed: pyproject.toml constraints.txt benchmarks/requirements.txt benchmarks/requirements-mosaicml.txt
+	@echo "installing the peers into $(BENCH) and $(MOSAICML) ..."
+	@test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	@test -x $(MOSAICML)/bin/python || $(PYTHON) -m venv $(MOSAICML)
+	@$(BENCH)/bin/python $(BENCH_PIP) --constraint constraints.txt $(TORCH_PIP_ARGS) torch
+	@$(BENCH)/bin/python $(BENCH_PIP) --constraint constraints.txt --editable .
+	@$(BENCH)/bin/python $(BENCH_PIP) --requirement benchmarks/requirements.txt
+	@$(BENCH)/bin/python $(BENCH_PIP) --no-deps torch-fidelity==0.4.0
+	@$(BENCH)/bin/python -m pip uninstall --quiet --yes torchvision
+	@$(MOSAICML)/bin/python $(BENCH_PIP) $(TORCH_PIP_ARGS) --requirement benchmarks/requirements-mosaicml.txt
+	@test -d $(IMPROVED) || git clone --quiet https://github.com/openai/improved-diffusion $(IMPROVED) || \
+		echo "improved-diffusion could not be cloned: its rows will say so"
+	@touch $@
 
 clean: ## Remove .venv and caches; runs and data sets are not touched
 	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
