@@ -68,6 +68,8 @@ test-fast: lint types ## Without the tests that start real clusters
 BENCH := .venv-bench
 MOSAICML := .venv-mosaicml
 BENCH_PIP := -m pip install --quiet --disable-pip-version-check
+# torchvision, which litdata and torch-fidelity ask for and nothing here uses, would bring another torch.
+BENCH_PINNED := $(BENCH_PIP) --constraint constraints.txt
 IMPROVED := $(BENCH)/improved-diffusion
 
 bench: $(BENCH)/installed ## Measure speed beside others on this quiet machine: one table (about an hour on two cores)
@@ -78,10 +80,10 @@ $(BENCH)/installed: pyproject.toml constraints.txt benchmarks/requirements.txt b
 	@echo "installing the peers into $(BENCH) and $(MOSAICML) ..."
 	@test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
 	@test -x $(MOSAICML)/bin/python || $(PYTHON) -m venv $(MOSAICML)
-	@$(BENCH)/bin/python $(BENCH_PIP) --constraint constraints.txt $(TORCH_PIP_ARGS) torch
-	@$(BENCH)/bin/python $(BENCH_PIP) --constraint constraints.txt --editable .
-	@$(BENCH)/bin/python $(BENCH_PIP) --requirement benchmarks/requirements.txt
-	@$(BENCH)/bin/python $(BENCH_PIP) --no-deps torch-fidelity==0.4.0
+	@$(BENCH)/bin/python $(BENCH_PINNED) $(TORCH_PIP_ARGS) torch
+	@$(BENCH)/bin/python $(BENCH_PINNED) --editable .
+	@$(BENCH)/bin/python $(BENCH_PINNED) --requirement benchmarks/requirements.txt
+	@$(BENCH)/bin/python $(BENCH_PINNED) --no-deps torch-fidelity
 	@$(BENCH)/bin/python -m pip uninstall --quiet --yes torchvision
 	@$(MOSAICML)/bin/python $(BENCH_PIP) $(TORCH_PIP_ARGS) --requirement benchmarks/requirements-mosaicml.txt
 	@test -d $(IMPROVED) || git clone --quiet https://github.com/openai/improved-diffusion $(IMPROVED) || \
