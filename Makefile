@@ -85,7 +85,8 @@ $(BENCH)/installed: pyproject.toml constraints.txt benchmarks/requirements.txt b
 	@$(BENCH)/bin/python $(BENCH_PINNED) --requirement benchmarks/requirements.txt
 	@$(BENCH)/bin/python $(BENCH_PINNED) --no-deps torch-fidelity
 	@$(BENCH)/bin/python -m pip uninstall --quiet --yes torchvision
-	@$(MOSAICML)/bin/python $(BENCH_PIP) $(TORCH_PIP_ARGS) --requirement benchmarks/requirements-mosaicml.txt
+	@$(MOSAICML)/bin/python $(BENCH_PIP) $(TORCH_PIP_ARGS) torch==2.13.0 torchvision==0.28.0
+	@$(MOSAICML)/bin/python $(BENCH_PIP) --requirement benchmarks/requirements-mosaicml.txt
 	@test -d $(IMPROVED) || git clone --quiet https://github.com/openai/improved-diffusion $(IMPROVED) || \
 		echo "improved-diffusion could not be cloned: its rows will say so"
 	@touch $@

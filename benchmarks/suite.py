@@ -155,7 +155,7 @@ def _metrics(record: Record) -> Iterator[Row]:
     parts = record["parts"]
     frechet = parts["frechet"]
     for count, (ours, _, theirs) in (("5,000", frechet[:3]), ("1,000", frechet[3:])):
-        yield _seconds(f"Frechet distance, 2,048-d, {count} images", ours, theirs)
+        yield _seconds(f"Frechet distance of {count} images", ours, theirs)
     features = parts["features"]
     yield _seconds("Inception features, a batch", features[0], features[-1])
     sampling = parts["sampling"]
@@ -181,9 +181,10 @@ def _job(record: Record) -> Iterator[Row]:
         yield Row("kill -9 of a worker to next step", "s", "bare PyTorch loop", recovery["job"], [], note=none)
 
 
+_NETWORKS = ("--networks", "ours", "diffusers", "improved-diffusion")
 _QUICK_METRICS = ("--repeats", "1", "--dim", "256", "--steps", "2", "--batch", "1", "--feature-batch", "2")
 _PARTS: dict[str, Part] = {
-    "train_step": Part("train_step.py", (), ("--repeats", "1", "--batch", "2"), _train_step),
+    "train_step": Part("train_step.py", _NETWORKS, (*_NETWORKS, "--repeats", "1", "--batch", "2"), _train_step),
     "loader": Part("loader.py", ("--repeats", "5"), ("--repeats", "1", "--images", "2000"), _loader),
     "metrics": Part("metrics.py", (), _QUICK_METRICS, _metrics),
     "job": Part(
