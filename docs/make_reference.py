@@ -11,13 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).resolve().parent
-JOBS = ("prepare_data", "train", "tune", "evaluate", "show")
-
-sys.path.insert(0, str(DOCS.parent))
-
 from pipeline.config import Switch, to_flat
 from pipeline.presets import PRESETS, preset
+
+DOCS = Path(__file__).resolve().parent
+JOBS = ("prepare_data", "train", "tune", "evaluate", "show")
 
 _HEAD = """# Every flag
 
@@ -140,7 +138,8 @@ def _values(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return " ".join(f"`{option}`" for option in options)
     if typing.get_origin(hint) is tuple:
-        return f"list of {_values(options[0])}"
+        several = _values(options[0])
+        return f"list of {several}" if several.startswith("`") else f"{several}s".replace("texts", "list of texts")
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(dict.fromkeys(_values(option) for option in options if option is not types.NoneType))
     return {bool: "on, off", int: "whole number", float: "number", str: "text"}[hint]
