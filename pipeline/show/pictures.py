@@ -113,7 +113,7 @@ class ModelPictures:
                 seed, purpose = config.sample_seed, draws.Purpose.SHOW_STEP
                 return draws.standard_normal(shape, seed, purpose, 100 + row, index).to(device)
 
-            ends = finish(denoise, model.schedule, config, x_t, look.t, noise_at)
+            ends = finish(denoise, model.schedule, config, x_t, look.t, noise_at, is_ancestral=True)
             pixels = to_uint8(torch.cat([look.x_t[:1], look.x_0[:1], ends])).cpu()
             rows.append(Row(images=list(pixels), label=f"t = {look.t}"))
         return Picture(
@@ -147,15 +147,17 @@ class ModelPictures:
             t = _step(share, model.schedule.T)
             x_t = interpolated(model.schedule, ends, eps, _SHARES, t)
             noise = shared_noise(x_t.shape, config.sample_seed, device, row=row)
-            found = to_uint8(finish(denoise, model.schedule, config, x_t, t, noise)).cpu()
+            is_ancestral = config.sampler == "ddpm"
+            ends_at = finish(denoise, model.schedule, config, x_t, t, noise, is_ancestral=is_ancestral)
+            found = to_uint8(ends_at).cpu()
             rows.append(Row(images=[None, *found, None], label=f"t = {t}", is_apart=row == 0))
         names = ["source", *(f"{s:g}" for s in _SHARES), "source"]
         return Picture(
             name="interpolation",
             title="Interpolation",
-            caption="Two real images are noised to step t, mixed, and brought back with the same noise for all mixes "
-            "(DDPM Fig. 8). The first row mixes pixels. Small t: details are repaired. Large t: other images that lie "
-            "between the two.",
+            caption="Two real images are noised to step t, mixed, and brought back (DDPM Fig. 8), by DDIM or, with "
+            "--sampler ddpm, with the same noise for all mixes. The first row mixes pixels. Small t: details are "
+            "repaired. Large t: other images, which have less and less to do with the sources.",
             png=draw_sheet("Interpolation at step t", names, rows, set_apart=(1, len(_SHARES) + 1)),
         )
 

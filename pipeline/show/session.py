@@ -130,10 +130,12 @@ def _facts(config: ShowConfig, model: Model | None) -> dict[str, str]:
         return facts
     trained, sampling = model.meta.config, config.sampling
     classes = f", guidance {sampling.guidance:g}" if trained.model.num_classes else ""
+    back = "ddpm" if sampling.sampler == "ddpm" else "ddim"
     return {
         "model": f"{trained.name or 'model'}, step {model.meta.step:,}, EMA weights",
         "trained on": str(model.meta.data["location"]),
         "predicts": trained.model.prediction,
         "trajectory, progressive, neighbours": f"{sampling.sampler}, {sampling.sampling_steps} steps{classes}",
-        "sharing, interpolation": f"ddpm, {sampling.variance}, {sampling.sampling_steps} steps{classes}",
+        "interpolation": f"{back}, {sampling.sampling_steps} steps{classes}",
+        "sharing": f"ddpm, {sampling.variance}, {sampling.sampling_steps} steps{classes}",
     } | facts

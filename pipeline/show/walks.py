@@ -1,7 +1,8 @@
 """Walks from noise to images that are looked at on the way, and that share a part of the way."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,8 +11,8 @@ from pipeline import draws
 from pipeline.config import SamplingConfig
 from pipeline.diffusion.noise_schedule import NoiseSchedule
 from pipeline.diffusion.process import predict_x_0, q_sample
-from pipeline.diffusion.samplers import ancestral
-from pipeline.diffusion.stepping import Denoiser, everywhere
+from pipeline.diffusion.samplers import ancestral, ddim
+from pipeline.diffusion.stepping import Denoiser, NoiseAt, everywhere
 from pipeline.diffusion.timesteps import spaced_timesteps
 from pipeline.generation import limit_of, sample
 
@@ -69,31 +70,27 @@ def finish(
     config: SamplingConfig,
     x_t: Tensor,
     t: int,
-    noise_at: Callable[[int], Tensor],
+    noise_at: NoiseAt,
+    *,
+    is_ancestral: bool,
 ) -> Tensor:
-    """Walks from step ``t`` to x_0 by DDPM's chain (Alg. 2), with the steps of ``config`` that lie below ``t``.
+    """Walks from step ``t`` to x_0, over the steps of ``config`` that lie below ``t``.
 
     Args:
         denoise: The network as samplers call it.
         schedule: The schedule of its training.
-        config: Number of steps, their spacing, variance and clipping.
+        config: Number of steps, their spacing, variance or eta, and clipping.
         x_t: Images at step ``t``, [B, C, H, W].
         t: In [0, T).
         noise_at: Noise of the step with this index, 0 for the noisiest.
+        is_ancestral: By DDPM's chain (Alg. 2), which draws noise in every step; else by DDIM (Eq. 12).
     """
     below = [step for step in spaced_timesteps(schedule, config.sampling_steps, config.spacing) if step < t]
-    return ancestral(
-        denoise,
-        schedule,
-        x_t,
-        timesteps=[t, *below],
-        noise_at=noise_at,
-        limit_x_0=limit_of(config),
-        variance=config.variance,
-    )
+    go = partial(ancestral, variance=config.variance) if is_ancestral else partial(ddim, eta=config.eta)
+    return go(denoise, schedule, x_t, timesteps=[t, *below], noise_at=noise_at, limit_x_0=limit_of(config))
 
 
-def shared_noise(shape: Sequence[int], seed: int, device: torch.device, *, row: int) -> Callable[[int], Tensor]:
+def shared_noise(shape: Sequence[int], seed: int, device: torch.device, *, row: int) -> NoiseAt:
     """Noise of each step that all images of a row of pictures have in common, [1, C, H, W]."""
     one = (1, *shape[1:])
     return lambda index: draws.standard_normal(one, seed, draws.Purpose.SHOW_STEP, row, index).to(device)

@@ -156,6 +156,7 @@ def test_images_that_share_a_late_step_are_closer_than_those_that_share_an_early
             look.x_t.expand(4, -1, -1, -1),
             look.t,
             lambda _: torch.randn(4, *model.shape, generator=generator),
+            is_ancestral=True,
         )
         return float(ends.std(dim=0).mean())
 
