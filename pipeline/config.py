@@ -32,6 +32,7 @@ __all__ = [
     "ProtocolConfig",
     "SamplingConfig",
     "ScheduleConfig",
+    "ShowConfig",
     "Switch",
     "TrainConfig",
     "TuneConfig",
@@ -582,6 +583,52 @@ class TuneConfig:
         except ValueError:
             raise UserError(f"--beta-ranges {text!r} is not START:END; for example 1e-4:0.02") from None
         return start, end
+
+
+Picture = Literal["schedules", "forward", "trajectory", "progressive", "sharing", "interpolation", "neighbours"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig:
+    """Draws noise schedules, the forward process, and what a model does on its way from noise to images."""
+
+    run: str | None = None
+    """Show the last published checkpoint of this run."""
+    checkpoint: str | None = None
+    """Show a model folder (a path or s3:// URI), without MLflow."""
+    step: int | None = None
+    """With --run: the checkpoint of this step."""
+    data: str | None = None
+    """Data set of real images: a path, s3:// URI, or a name under $DDPM_HOME/data. Default: the model's, or digits."""
+    pictures: tuple[Picture, ...] = typing.get_args(Picture)
+    """What to draw; without --run or --checkpoint only schedules and forward."""
+    num_images: int = 6
+    """Images that each picture shows."""
+    schedules: tuple[Literal["linear", "cosine", "quadratic", "sigmoid"], ...] = ("linear", "cosine")
+    """Schedules to draw, beside that of the model."""
+    Ts: tuple[int, ...] = (1000,)
+    """Values of T to draw."""
+    beta_ranges: tuple[str, ...] = ("1e-4:0.02",)
+    """Beta ranges START:END (values at T=1000) to draw; cosine has none."""
+    out: str | None = None
+    """Folder of the PNG files and index.html; a relative one is under $DDPM_HOME/show. Default: a name by the model."""
+    log: Switch = False
+    """With --run: log the pictures to the run in MLflow as well."""
+    use_gpu: Switch = False
+    """Compute on a GPU."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        if self.run is not None and self.checkpoint is not None:
+            raise UserError("give --run or --checkpoint, not both")
+        for flag, given in {"--step": self.step is not None, "--log": self.log}.items():
+            if given and self.run is None:
+                raise UserError(f"{flag} needs --run")
+        _check(1 <= self.num_images <= 32, "--num-images", self.num_images, "in 1..32")
+        for words, flag in ((self.pictures, "--pictures"), (self.schedules, "--schedules"), (self.Ts, "--Ts")):
+            _check(len(words) > 0, flag, "(none)", "at least one value")
+        for text in self.beta_ranges:
+            TuneConfig.parse_beta_range(text)
 
 
 def to_flat(config: Any) -> Flat:

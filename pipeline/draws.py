@@ -37,6 +37,9 @@ class Purpose(IntEnum):
     BOUND_TIMESTEP = 15
     BOUND_NOISE = 16
     BOUND_IMAGE = 17
+    SHOW_IMAGE = 18
+    SHOW_NOISE = 19
+    SHOW_STEP = 20
 
 
 def generator(seed: int, purpose: Purpose, *indices: int) -> np.random.Generator:

@@ -15,12 +15,12 @@ from pipeline.diffusion.denoisers import Network, eps_denoiser, guided
 from pipeline.diffusion.noise_schedule import NoiseSchedule
 from pipeline.diffusion.samplers import SAMPLERS
 from pipeline.diffusion.solvers import heun_grid
-from pipeline.diffusion.stepping import LimitX0, clip, dynamic_threshold
+from pipeline.diffusion.stepping import Denoiser, LimitX0, NoiseAt, clip, dynamic_threshold
 from pipeline.diffusion.timesteps import spaced_timesteps
 from pipeline.errors import UserError, WorldError
 from pipeline.images import to_uint8
 
-__all__ = ["check_sampling", "generate_chunk", "labels_of_chunk", "limit_of"]
+__all__ = ["check_sampling", "denoiser_of", "generate_chunk", "labels_of_chunk", "limit_of", "sample"]
 
 
 def check_sampling(config: SamplingConfig, trained: TrainConfig) -> None:
@@ -83,11 +83,28 @@ def generate_chunk(
     def noise_at(index: int) -> Tensor:
         return normal(draws.Purpose.SAMPLE_STEP, index)
 
-    x_T = normal(draws.Purpose.SAMPLE)
-    network = _told_classes(unet, config, trained.model.num_classes, size=shape[0], chunk=chunk, device=device)
-    denoise = eps_denoiser(network, schedule, trained.model.prediction)
+    denoise = denoiser_of(unet, schedule, config, trained=trained, size=shape[0], chunk=chunk)
+    x_0 = sample(denoise, schedule, config, normal(draws.Purpose.SAMPLE), noise_at)
+    if not bool(torch.isfinite(x_0).all()):
+        raise WorldError(f"the network returned values that are not finite (chunk {chunk}); the weights are broken")
+    return to_uint8(x_0).cpu()
+
+
+def denoiser_of(
+    unet: nn.Module, schedule: NoiseSchedule, config: SamplingConfig, *, trained: TrainConfig, size: int, chunk: int
+) -> Denoiser:
+    """The network as samplers call it: with the classes of a chunk of ``size`` images, guidance, and eps as answer."""
+    device = schedule.betas.device
+    network = _told_classes(unet, config, trained.model.num_classes, size=size, chunk=chunk, device=device)
+    return eps_denoiser(network, schedule, trained.model.prediction)
+
+
+def sample(
+    denoise: Denoiser, schedule: NoiseSchedule, config: SamplingConfig, x_T: Tensor, noise_at: NoiseAt
+) -> Tensor:
+    """Runs the sampler that ``config`` names, from x_T to x_0; model values [B, C, H, W], nominally in [-1, 1]."""
     num_timesteps, options = _plan(config)
-    x_0 = SAMPLERS[config.sampler](
+    return SAMPLERS[config.sampler](
         denoise,
         schedule,
         x_T,
@@ -96,9 +113,6 @@ def generate_chunk(
         limit_x_0=limit_of(config),
         **options,
     )
-    if not bool(torch.isfinite(x_0).all()):
-        raise WorldError(f"the network returned values that are not finite (chunk {chunk}); the weights are broken")
-    return to_uint8(x_0).cpu()
 
 
 def _plan(config: SamplingConfig) -> tuple[int, dict[str, Any]]:

@@ -21,6 +21,7 @@ from pipeline.config import (
     ProtocolConfig,
     SamplingConfig,
     ScheduleConfig,
+    ShowConfig,
     TrainConfig,
     TuneConfig,
     from_flat,
@@ -34,7 +35,7 @@ MODEST = settings(deadline=None, max_examples=60)
 CONFIGS = [
     value for value in vars(config_module).values() if isinstance(value, type) and dataclasses.is_dataclass(value)
 ]
-JOBS = [TrainConfig(), TuneConfig(), EvaluateConfig(pending=True), PrepareConfig()]
+JOBS = [TrainConfig(), TuneConfig(), EvaluateConfig(pending=True), PrepareConfig(), ShowConfig()]
 
 
 def leaf_names(config: object) -> list[str]:

@@ -124,6 +124,10 @@ def test_purposes_keep_their_numbers():
         "REFERENCE_SAMPLE": 14,
         "BOUND_TIMESTEP": 15,
         "BOUND_NOISE": 16,
+        "BOUND_IMAGE": 17,
+        "SHOW_IMAGE": 18,
+        "SHOW_NOISE": 19,
+        "SHOW_STEP": 20,
     }
 
 

@@ -35,8 +35,9 @@ MAY_KNOW = {
     "data": {"cluster", "config", "draws", "errors", "images", "storage"},
     "training": _ENGINE,
     "evaluation": _ENGINE,
+    "show": _ENGINE,
     "sweep": _ENGINE | {"evaluation", "training"},
-    "jobs": _ENGINE | {"cli", "evaluation", "interop", "presets", "sweep", "training"},
+    "jobs": _ENGINE | {"cli", "evaluation", "interop", "presets", "show", "sweep", "training"},
 }
 """Which modules and sub-packages of ``pipeline`` each of them (and ``jobs``) may import."""
 
@@ -47,6 +48,7 @@ ONLY_IN = {
     "botocore": ("storage",),
     "mypy_boto3_s3": ("storage",),
     "webdataset": ("data",),
+    "matplotlib": ("show",),
     "tyro": ("cli.py", "config.py"),
 }
 """Where a third-party library may be imported: sub-packages (or modules of that name) and single files."""

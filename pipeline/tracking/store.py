@@ -248,6 +248,12 @@ class Tracker:
         self.client.log_text(checkpoint.run_id, table, path)
 
     @one_line_errors
+    def log_files(self, checkpoint: Checkpoint, folder: Path, path: str) -> list[str]:
+        """Logs the files of a folder as artifacts under ``path`` of a checkpoint's run; returns how to see them."""
+        self.client.log_artifacts(checkpoint.run_id, str(folder), path)
+        return self.ui_command(checkpoint.run_id, self.client.get_run(checkpoint.run_id).info.experiment_id)
+
+    @one_line_errors
     def last_sheet(self, run_id: str) -> tuple[int, bytes] | None:
         """Step and PNG bytes of a run's last sample sheet."""
         steps = results.sheet_steps(self.client, run_id)
