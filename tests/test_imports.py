@@ -32,10 +32,11 @@ MAY_KNOW = {
     "generation": {"config", "diffusion", "draws", "errors", "images"},
     "serving": {"config", "errors", "generation", "model_folder"},
     "data": {"cluster", "config", "draws", "errors", "images", "storage"},
+    "doctor": {"cluster", "errors", "storage", "tracking"},
     "training": _ENGINE,
     "evaluation": _ENGINE,
     "sweep": _ENGINE | {"evaluation", "training"},
-    "jobs": _ENGINE | {"cli", "evaluation", "presets", "sweep", "training"},
+    "jobs": _ENGINE | {"cli", "doctor", "evaluation", "presets", "sweep", "training"},
 }
 """Which modules and sub-packages of ``pipeline`` each of them (and ``jobs``) may import."""
 
