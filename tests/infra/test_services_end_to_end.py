@@ -92,7 +92,7 @@ def test_what_was_trained_through_http_and_s3_is_evaluated_by_the_schedule_once(
     client = setup.mlflow(monkeypatch)
     assert loss_steps(client) == [5, 10, 15, 20]
     experiment = client.get_experiment_by_name("ddpm").experiment_id
-    (model,) = client.search_logged_models([experiment], "tags.`` = '20'")
+    (model,) = client.search_logged_models([experiment], "tags.`step` = '20'")
     assert [metric.key for metric in model.metrics if metric.key.startswith("fd_")] == ["fd_efficientnet_lite0"]
 
 

@@ -215,6 +215,6 @@ def test_a_submitted_run_outlives_its_node_and_the_schedule_evaluates_it(submitt
     measured = [
         model for model in models if any(metric.key == "fd_efficientnet_lite0" for metric in model.metrics or [])
     ]
-    assert [model.tags[""] for model in measured] == [str(num_steps)]
+    assert [model.tags["step"] for model in measured] == [str(num_steps)]
     code, said = run_beside(submitting, words, log, tick)
     assert (code, "was submitted before" in said) == (0, True), said
