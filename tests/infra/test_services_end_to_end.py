@@ -89,6 +89,8 @@ def test_what_was_trained_through_http_and_s3_is_evaluated_by_the_schedule_once(
     schedule |= {"DDPM_ENV_FILE": str(settings), "DDPM_LOCK": str(tmp_path / "lock")}
     assert "fd_efficientnet_lite0" in tick(schedule, *FEW_IMAGES)
     assert "nothing to do" in tick(schedule, *FEW_IMAGES)
+    found = succeed("doctor", **setup.writer)["findings"]
+    assert {finding["check"] for finding in found if finding["state"] == "ok"} >= {"storage", "mlflow", "clock", "ray"}
     client = setup.mlflow(monkeypatch)
     assert loss_steps(client) == [5, 10, 15, 20]
     experiment = client.get_experiment_by_name("ddpm").experiment_id

@@ -194,6 +194,10 @@ def test_a_submitted_run_outlives_its_node_and_the_schedule_evaluates_it(submitt
     code, said = run_beside(submitting, [*RAY, "job", "submit", "--no-wait", "--", "true"], log, stranger)
     assert code != 0
     assert "token" in said.lower()
+    doctor = [sys.executable, "-c", "from pipeline.doctor import servers; print(servers.ray_dashboard())"]
+    assert "takes this token and refuses strangers" in run_beside(submitting, doctor, log, submitter(submitting))[1]
+    wrong = submitter(submitting) | {"RAY_AUTH_TOKEN": "0" * 64}
+    assert "refuses this token" in run_beside(submitting, doctor, log, wrong)[1]
     code, said = run_beside(submitting, [sys.executable, "jobs/prepare_data.py"], log, submitting.environment)
     assert code == 0, said
     run = SubmittedRun(submitting, tmp_path, "2")
