@@ -36,9 +36,9 @@ def save(folder: Path) -> str:
     files = store.save(folder / "s3", lambda key: key.startswith(resumable))
     dumps = databases.save(folder / "postgres")
     files += store.save(folder / "s3", lambda key: not key.startswith(resumable))
-    record = {"time": datetime.datetime.now(datetime.UTC).isoformat(), "bucket": store.name, "files": files + dumps}
-    (folder / MANIFEST).write_text(json.dumps(record, indent=1))
-    num_bytes = sum(entry["num_bytes"] for entry in record["files"])
+    now = datetime.datetime.now(datetime.UTC).isoformat()
+    (folder / MANIFEST).write_text(json.dumps({"time": now, "bucket": store.name, "files": files + dumps}, indent=1))
+    num_bytes = sum(entry["num_bytes"] for entry in files + dumps)
     return f"{len(files)} objects and {len(dumps)} databases, {num_bytes / 1e6:.1f} MB, in {folder}"
 
 
