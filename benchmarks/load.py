@@ -8,9 +8,10 @@ import json
 import multiprocessing
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ import numpy as np
 import tyro
 from planning import synthetic_manifest
 from report import machine, markdown
+from torch.distributed import TCPStore
 
 from pipeline.data.order import StreamOrder, streams_of_rank
 from pipeline.tracking import Tracker
@@ -26,6 +28,7 @@ from pipeline.tracking.runs import TrackedRun
 
 _EXPERIMENT = "load"
 _KEYS = ("train/loss", "train/grad_norm", "train/lr", "perf/images_per_second", "perf/data_wait_ratio", "perf/step_ms")
+_STEPS = (0, 1_000_000)
 _PARAMS = {f"knob_{number}": number for number in range(60)}
 
 
@@ -33,7 +36,7 @@ _PARAMS = {f"knob_{number}": number for number in range(60)}
 class Arguments:
     """Writes to MLflow as training runs, a sweep and 200 trials do, and plans for 1,024 workers."""
 
-    what: tuple[Literal["runs", "trials", "planning"], ...] = ("runs", "trials", "planning")
+    what: tuple[Literal["runs", "trials", "planning", "rendezvous"], ...] = ("runs", "trials", "planning", "rendezvous")
     """Which measurements to make."""
     runs: int = 8
     """Training runs that write at the same time."""
@@ -109,6 +112,9 @@ def main(arguments: Arguments) -> None:
     if "planning" in arguments.what:
         record["planning"] = _measure_planning(arguments)
         print(json.dumps(record["planning"]))
+    if "rendezvous" in arguments.what:
+        record["rendezvous"] = _measure_rendezvous(arguments)
+        print(json.dumps(record["rendezvous"]))
     if arguments.out is not None:
         arguments.out.write_text(json.dumps({"machine": facts, **record}, indent=2) + "\n")
 
@@ -134,23 +140,46 @@ def _measure_trials(arguments: Arguments, stamp: str) -> dict[str, Any]:
 
 
 def _measure_planning(arguments: Arguments) -> dict[str, Any]:
+    """All ranks plan some steps of a large data set; what one does alone is timed for a few."""
     sizes = synthetic_manifest(arguments.shards, 1000).shard_sizes
     batch_size = 4 * arguments.ranks
-    seconds, images = [], set()
-    for rank in range(arguments.ranks):
-        # A new order for each, as in a process of its own.
+    numbers = {"shard_sizes": sizes, "batch_size": batch_size, "num_streams": arguments.ranks, "seed": 0}
+    alone = []
+    for rank in range(0, arguments.ranks, max(1, arguments.ranks // 16)):
         started = time.perf_counter()
-        order = StreamOrder(shard_sizes=sizes, batch_size=batch_size, num_streams=arguments.ranks, seed=0)
-        shards, indices = order.locate(1_000_000, streams_of_rank(arguments.ranks, rank, arguments.ranks))
-        seconds.append(time.perf_counter() - started)
-        images |= set(zip(shards.tolist(), indices.tolist(), strict=True))
-    assert len(images) == batch_size, "all workers together read every image of the batch once"
-    return {
-        "ranks": arguments.ranks,
-        "shards": arguments.shards,
-        "median_s": statistics.median(seconds),
-        "max_s": max(seconds),
-    }
+        StreamOrder(**numbers).locate(_STEPS[-1], streams_of_rank(arguments.ranks, rank, arguments.ranks))
+        alone.append(time.perf_counter() - started)
+    order, started = StreamOrder(**numbers), time.perf_counter()
+    for step in _STEPS:
+        images: set[tuple[int, int]] = set()
+        for rank in range(arguments.ranks):
+            shards, indices = order.locate(step, streams_of_rank(arguments.ranks, rank, arguments.ranks))
+            images |= set(zip(shards.tolist(), indices.tolist(), strict=True))
+        assert len(images) == batch_size, "all workers together read every image of the batch once"
+    together = (time.perf_counter() - started) / len(_STEPS) / arguments.ranks
+    return {"alone_ms": 1000 * statistics.median(alone), "longest_ms": 1000 * max(alone), "next_ms": 1000 * together}
+
+
+def _measure_rendezvous(arguments: Arguments) -> dict[str, Any]:
+    """All ranks meet at torch's store, as they do before the first step: say where they are and wait for the last."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # Connecting asks for the peer's name first, and a machine without a name server waits for that.
+    connected = threading.Barrier(arguments.ranks)
+    starts: list[float] = []
+
+    def meet(rank: int) -> float:
+        mine = TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
+        connected.wait()
+        starts.append(time.perf_counter())
+        mine.set(f"rank-{rank}", "10.0.0.1:12345")
+        if mine.add("here", 1) == arguments.ranks:
+            mine.set("go", "1")
+        mine.wait(["go"])
+        return time.perf_counter()
+
+    with ThreadPoolExecutor(arguments.ranks) as pool:
+        ends = list(pool.map(meet, range(arguments.ranks)))
+    return {"ranks": arguments.ranks, "seconds": max(ends) - min(starts)}
 
 
 def _train(name: str, arguments: Arguments) -> dict[str, Any]:
