@@ -125,10 +125,12 @@ class TwoNodes:
     def _wait_for_head(self, seconds: float = 90) -> None:
         deadline = time.monotonic() + seconds
         inside = ["ip", "netns", "exec", self._space("A"), sys.executable, "-c"]
-        ask = f"import socket; socket.create_connection(('{self.address['A']}', {_PORT}), 2)"
-        while subprocess.run([*inside, ask], capture_output=True).returncode:
-            assert time.monotonic() < deadline, (self._folder / "A.log").read_text()
-            time.sleep(0.5)
+        wanted = {self.address["A"]: _PORT} | ({"127.0.0.1": 8265} if self._dashboard else {})
+        for address, port in wanted.items():
+            ask = f"import socket; socket.create_connection(('{address}', {port}), 2)"
+            while subprocess.run([*inside, ask], capture_output=True).returncode:
+                assert time.monotonic() < deadline, (self._folder / "A.log").read_text()
+                time.sleep(0.5)
         time.sleep(3)
 
     @property
