@@ -199,7 +199,8 @@ def test_only_the_pod_with_the_autoscaler_gets_access_to_the_api_server(name: st
 def test_pods_get_their_settings_from_one_place_and_no_credentials(name: str) -> None:
     settings = manifest("ConfigMap")
     for container in pod_templates()[name]["spec"]["containers"]:
-        assert container["envFrom"] == [{"configMapRef": {"name": settings["metadata"]["name"]}}]
+        login = [] if name == "cronjob" else [{"secretRef": {"name": "ddpm-mlflow", "optional": True}}]
+        assert container["envFrom"] == [{"configMapRef": {"name": settings["metadata"]["name"]}}, *login]
     assert settings["data"]["DDPM_HOME"].startswith("s3://")
     assert settings["data"]["MLFLOW_TRACKING_URI"].startswith("http")
     assert not [key for key in settings["data"] if "KEY" in key or "SECRET" in key or "TOKEN" in key]
