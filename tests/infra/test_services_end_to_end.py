@@ -87,7 +87,9 @@ def test_what_was_trained_through_http_and_s3_is_evaluated_by_the_schedule_once(
     settings = setup.services.folder / "writer.env"  # like /etc/ddpm/ddpm.env of a machine with a schedule
     schedule = {name: setup.writer[name] for name in setup.writer if name.startswith("RAY_")}
     schedule |= {"DDPM_ENV_FILE": str(settings), "DDPM_LOCK": str(tmp_path / "lock")}
-    assert "fd_efficientnet_lite0" in tick(schedule, *FEW_IMAGES)
+    first = tick(schedule, *FEW_IMAGES)
+    assert f"{RUN} step 20: fd_efficientnet_lite0 " in first
+    assert "champion of ddpm: version 1" in first
     assert "nothing to do" in tick(schedule, *FEW_IMAGES)
     found = succeed("doctor", **setup.writer)["findings"]
     assert {finding["check"] for finding in found if finding["state"] == "ok"} >= {"storage", "mlflow", "clock", "ray"}
