@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from clusters import cluster
 from mlflow import MlflowClient
@@ -129,7 +130,8 @@ def test_starting_again_changes_nothing_and_secrets_are_private_and_not_printed(
     assert not any(value in printed for value in secrets)
     for name in ("secrets.json", "writer.env", "reader.env", "admin.env", "s3-users.json", "mlflow-auth.ini"):
         assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600, name
-    commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in os.listdir("/proc") if pid.isdigit()]
+    commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    assert any("mlflow server" in command for command in commands)
     assert not any(value in command for value in secrets for command in commands)
 
 
