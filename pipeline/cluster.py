@@ -14,12 +14,13 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.errors import UserError, WorldError
 
-__all__ = ["connect", "fits", "require", "set_environment", "set_patience"]
+__all__ = ["connect", "fits", "inventory", "require", "set_environment", "set_patience", "token"]
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -118,6 +119,24 @@ def fits(*, num_workers: int, cpus_per_worker: int, use_gpu: bool) -> int:
     total = ray.cluster_resources()  # type: ignore[no-untyped-call]
     groups = int(total.get("CPU", 0) // (num_workers * cpus_per_worker))
     return min(groups, int(total.get("GPU", 0) // num_workers)) if use_gpu else groups
+
+
+def inventory() -> tuple[int, dict[str, float]]:
+    """The number of living nodes of the cluster, and its resources by name."""
+    import ray
+
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return sum(node["Alive"] for node in nodes), dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
+
+
+def token() -> str | None:
+    """The token that a client of this process's environment shows, found where Ray looks for it."""
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        return None
+    if given := os.environ.get("RAY_AUTH_TOKEN"):
+        return given.strip()
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return path.read_text().strip() if path.is_file() else None
 
 
 def require(*, num_workers: int, cpus_per_worker: int, use_gpu: bool) -> None:

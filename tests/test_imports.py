@@ -33,11 +33,12 @@ MAY_KNOW = {
     "serving": {"config", "errors", "generation", "model_folder"},
     "interop": {"config", "diffusion", "errors", "model_folder", "provenance", "storage"},
     "data": {"cluster", "config", "draws", "errors", "images", "storage"},
+    "doctor": {"cluster", "errors", "storage", "tracking"},
     "training": _ENGINE,
     "evaluation": _ENGINE,
     "show": _ENGINE,
     "sweep": _ENGINE | {"evaluation", "training"},
-    "jobs": _ENGINE | {"cli", "evaluation", "interop", "presets", "show", "sweep", "training"},
+    "jobs": _ENGINE | {"cli", "doctor", "evaluation", "interop", "presets", "show", "sweep", "training"},
 }
 """Which modules and sub-packages of ``pipeline`` each of them (and ``jobs``) may import."""
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,11 +36,14 @@ def why_not() -> str | None:
 class TwoNodes:
     """A bridge, two namespaces, and the Ray nodes in them: ``A`` is the head and holds the driver."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, dashboard: bool = False) -> None:
         self._id = f"{os.getpid() % 100_000}{next(_COUNT)}"  # names of links have at most 15 characters
         self._folder = folder
+        self._dashboard = dashboard
         subnet = f"10.{70 + os.getpid() % 100}.{next(_COUNT) % 250}"
         self.address = {"A": f"{subnet}.1", "B": f"{subnet}.2"}
+        self.outside = f"{subnet}.254"
+        """This machine's own address on the bridge, for servers that the nodes talk to."""
         self.environment = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -49,9 +52,10 @@ class TwoNodes:
         }
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def build(self) -> None:
-        """Makes bridge, links and namespaces, and starts both nodes."""
+    def build_network(self) -> None:
+        """Makes bridge, links and namespaces."""
         _ip("link", "add", self._bridge, "type", "bridge")
+        _ip("addr", "add", f"{self.outside}/24", "dev", self._bridge)
         _ip("link", "set", self._bridge, "up")
         for node, address in self.address.items():
             _ip("netns", "add", self._space(node))
@@ -64,6 +68,9 @@ class TwoNodes:
             _ip(*inside, "addr", "add", f"{address}/24", "dev", inner)
             _ip(*inside, "link", "set", "lo", "up")
             _ip(*inside, "link", "set", inner, "up")
+
+    def start_both(self) -> None:
+        """Starts the head and, when it answers, the other node."""
         self.start("A")
         self._wait_for_head()
         self.start("B")
@@ -73,7 +80,8 @@ class TwoNodes:
         if node in self._nodes:
             kill_tree(self._nodes[node].pid)
             self._nodes[node].wait(30)
-        where = ["--head", f"--port={_PORT}", f"--temp-dir={self._folder}", "--include-dashboard=false"]
+        where = ["--head", f"--port={_PORT}", f"--temp-dir={self._folder}"]
+        where += ["--dashboard-host=127.0.0.1"] if self._dashboard else ["--include-dashboard=false"]
         if node != "A":
             where = [f"--address={self.address['A']}:{_PORT}"]
         words = [*RAY, "start", "--block", *where, f"--node-ip-address={self.address[node]}", "--num-cpus=1"]
@@ -94,12 +102,15 @@ class TwoNodes:
         _ip("link", "set", self._outer("B"), "up")
         self.start("B")
 
-    def popen(self, words: list[str], log: Path, cwd: Path) -> "subprocess.Popen[bytes]":
-        """Starts a driver beside the head, in its namespaces."""
+    def popen(
+        self, words: list[str], log: Path, cwd: Path, environment: Mapping[str, str] | None = None
+    ) -> "subprocess.Popen[bytes]":
+        """Starts a command beside the head, in its namespaces; with the nodes' environment unless told otherwise."""
         (head,) = _children(self._nodes["A"].pid)
         command = ["nsenter", "-t", str(head), "-n", "-p", "-m", f"--wd={cwd}", *words]
+        given = self.environment if environment is None else environment
         with log.open("ab") as output:
-            return subprocess.Popen(command, env={**os.environ, **self.environment}, stdout=output, stderr=output)
+            return subprocess.Popen(command, env={**os.environ, **given}, stdout=output, stderr=output)
 
     def remove(self) -> None:
         """Ends the nodes and takes everything away, links first: they outlive their namespace."""
@@ -114,10 +125,12 @@ class TwoNodes:
     def _wait_for_head(self, seconds: float = 90) -> None:
         deadline = time.monotonic() + seconds
         inside = ["ip", "netns", "exec", self._space("A"), sys.executable, "-c"]
-        ask = f"import socket; socket.create_connection(('{self.address['A']}', {_PORT}), 2)"
-        while subprocess.run([*inside, ask], capture_output=True).returncode:
-            assert time.monotonic() < deadline, (self._folder / "A.log").read_text()
-            time.sleep(0.5)
+        wanted = {self.address["A"]: _PORT} | ({"127.0.0.1": 8265} if self._dashboard else {})
+        for address, port in wanted.items():
+            ask = f"import socket; socket.create_connection(('{address}', {port}), 2)"
+            while subprocess.run([*inside, ask], capture_output=True).returncode:
+                assert time.monotonic() < deadline, (self._folder / "A.log").read_text()
+                time.sleep(0.5)
         time.sleep(3)
 
     @property
@@ -137,10 +150,18 @@ class TwoNodes:
 @contextmanager
 def two_nodes() -> Iterator[TwoNodes]:
     """Builds both nodes and takes them away at the end, whatever happened."""
+    with network() as nodes:
+        nodes.start_both()
+        yield nodes
+
+
+@contextmanager
+def network(*, dashboard: bool = False) -> Iterator[TwoNodes]:
+    """Builds what is between two nodes that are still to be started; takes all of it away at the end."""
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short sockets
-        nodes = TwoNodes(Path(folder))
+        nodes = TwoNodes(Path(folder), dashboard=dashboard)
         try:
-            nodes.build()
+            nodes.build_network()
             yield nodes
         finally:
             nodes.remove()

@@ -5,6 +5,7 @@ not at all. Endpoint, region, credentials, retries and addressing style of S3 co
 files; they never pass through here.
 """
 
+from pipeline.storage.clock import clock_offset_seconds
 from pipeline.storage.listing import FileEntry, expand, list_entries, list_files
 from pipeline.storage.locations import PARTIAL, home, is_remote, join, resolve
 from pipeline.storage.patience import UnreachableError
@@ -17,6 +18,7 @@ __all__ = [
     "PARTIAL",
     "FileEntry",
     "UnreachableError",
+    "clock_offset_seconds",
     "exists",
     "expand",
     "home",

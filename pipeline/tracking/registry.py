@@ -27,12 +27,14 @@ def champion(client: "MlflowClient", name: str) -> str | None:
     from mlflow.exceptions import MlflowException
 
     try:
-        version = client.get_model_version_by_alias(name, CHAMPION)
+        # Not by the alias: of a model that does not exist, a server with logins answers that it is forbidden.
+        number = client.get_registered_model(name).aliases.get(CHAMPION)
+        version = None if number is None else client.get_model_version(name, str(number))
     except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None
         raise
-    return _model_id(str(version.source))
+    return None if version is None else _model_id(str(version.source))
 
 
 def crown(client: "MlflowClient", name: str, checkpoint: Checkpoint, tags: Mapping[str, str]) -> int:

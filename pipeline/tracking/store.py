@@ -9,6 +9,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 _SETTLE_SECONDS = 0.3
 """How long a new run waits for others of its name that are created at the same moment."""
 _MAX_STARTS = 8
+_PROBE_EXPERIMENT = "ddpm-doctor"
 _PARAM_LIMIT = 6000  # MLflow's, in characters
 # Without it the UI guesses from the contents and may show the pages for language models.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
@@ -274,6 +276,30 @@ class Tracker:
     def crown(self, name: str, checkpoint: Checkpoint, tags: Mapping[str, str]) -> int:
         """Gives a checkpoint the alias ``champion``; returns the number of its version."""
         return registry.crown(self.client, name, checkpoint, tags)
+
+    @one_line_errors
+    def probe(self) -> None:
+        """Writes a run, reads it again and deletes it, in an experiment of its own.
+
+        Raises:
+            WorldError: MLflow does not take it, or gives back something else.
+        """
+        run_id = self.client.create_run(self.experiment(_PROBE_EXPERIMENT, create=True), run_name="probe").info.run_id
+        try:
+            self.client.log_metric(run_id, "probe", 1.0)
+            if self.client.get_run(run_id).data.metrics != {"probe": 1.0}:
+                raise WorldError(f"MLflow at {self.shown_uri} gives back other values than it took")
+        finally:
+            self.client.delete_run(run_id)
+
+    def clock_offset_seconds(self) -> float | None:
+        """Seconds by which the server is ahead of this machine, to about a second; None for a local store."""
+        if not self.uri.startswith("http"):
+            return None
+        import requests
+
+        date = requests.get(f"{self.uri.rstrip('/')}/health", timeout=5).headers.get("Date")
+        return parsedate_to_datetime(date).timestamp() - time.time() if date else None
 
     def ui_command(self, run_id: str, experiment_id: str) -> list[str]:
         """What a person types to see a run: lines of a command (if a server must be started) and the address."""

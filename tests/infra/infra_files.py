@@ -13,6 +13,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
 KUBERAY = INFRA / "kuberay" / "base"
+OVERLAYS = INFRA / "kuberay" / "overlays"
 IMAGE_PROJECT = "/opt/ddpm-ray"
 
 Document = dict[str, Any]
@@ -30,6 +31,13 @@ def load_all(path: Path) -> list[Document]:
 
 
 @functools.cache
+def overlay(name: str) -> tuple[Document, ...]:
+    """Every Kubernetes object of an overlay's own, as written."""
+    names = [entry for entry in load(OVERLAYS / name / "kustomization.yaml")["resources"] if entry.endswith(".yaml")]
+    return tuple(document for entry in names for document in load_all(OVERLAYS / name / entry))
+
+
+@functools.cache
 def manifests() -> tuple[Document, ...]:
     """Every Kubernetes object of the base, as written."""
     names = load(KUBERAY / "kustomization.yaml")["resources"]
@@ -43,11 +51,13 @@ def manifest(kind: str) -> Document:
 
 
 def pod_templates() -> dict[str, Document]:
-    """The template of every pod that the base starts, by a readable name."""
+    """The template of every pod that the base or an overlay starts, by a readable name."""
     job, cluster = manifest("RayJob")["spec"], manifest("RayCluster")["spec"]
     found = {"cronjob": manifest("CronJob")["spec"]["jobTemplate"]["spec"]["template"]}
     found["rayjob-submitter"] = job["submitterPodTemplate"]
-    for name, spec in (("rayjob", job["rayClusterSpec"]), ("raycluster", cluster)):
+    (cron,) = overlay("raycronjob")
+    ticks = cron["spec"]["jobTemplate"]["rayClusterSpec"]
+    for name, spec in (("rayjob", job["rayClusterSpec"]), ("raycluster", cluster), ("raycronjob", ticks)):
         found[f"{name}-head"] = spec["headGroupSpec"]["template"]
         found |= {f"{name}-{group['groupName']}": group["template"] for group in spec["workerGroupSpecs"]}
     return found

@@ -1,11 +1,17 @@
 """``infra/compose``: nothing is reachable from outside, nothing has a default password, everything says it is ready."""
 
+import configparser
+import importlib.util
 import re
+import sys
 from importlib import metadata
+from types import ModuleType
 from typing import Any
 
 import click
+import compose_spec
 import pytest
+import yaml
 from infra_files import INFRA, load
 
 COMPOSE = INFRA / "compose"
@@ -21,14 +27,56 @@ def example_names() -> set[str]:
 
 def test_ports_are_bound_to_this_machine_only() -> None:
     published = [port for service in SERVICES.values() for port in service.get("ports", [])]
-    assert sorted(published) == ["127.0.0.1:5000:5000", "127.0.0.1:8333:8333"]
+    assert sorted(published) == ["127.0.0.1:15432:5432", "127.0.0.1:5000:5000", "127.0.0.1:8333:8333"]
+
+
+def test_it_satisfies_the_compose_specification() -> None:
+    text = (COMPOSE / "compose.yaml").read_text()
+    assert set(compose_spec.PyCompose.from_yaml(text).service_names()) == set(SERVICES)
+    with pytest.raises(ValueError, match="happy"):
+        compose_spec.PyCompose.from_yaml(text.replace("service_healthy", "service_happy", 1))
 
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_every_secret_comes_from_the_environment_and_is_required(name: str) -> None:
-    for key, value in SERVICES[name]["environment"].items():
+    for key, value in SERVICES[name].get("environment", {}).items():
         if any(word in key for word in SECRETS):
             assert re.fullmatch(r"\$\{\w+:\?[^}]+\}", value), f"{key} has a default"
+
+
+def test_users_and_passwords_in_files_come_from_the_environment_too() -> None:
+    s3 = yaml.safe_load(FILE["configs"]["s3_users"]["content"])["identities"]
+    actions = {user["name"]: user["actions"] for user in s3}
+    assert actions["ddpm-reader"] == ["Read:ddpm", "List:ddpm"]
+    assert "Write:ddpm" in actions["ddpm-writer"]
+    assert all(":" in action for user in actions.values() for action in user), "nobody may touch another bucket"
+    keys = [value for user in s3 for pair in user["credentials"] for value in pair.values()]
+    assert len(set(keys)) == 4
+    assert all(re.fullmatch(r"\$\{\w+:\?[^}]+\}", key) for key in keys)
+
+
+def test_mlflow_asks_for_a_login_and_its_two_users_are_made() -> None:
+    assert mlflow_options()["app_name"] == "basic-auth"
+    auth = configparser.ConfigParser(interpolation=None)
+    auth.read_string(FILE["configs"]["mlflow_auth"]["content"])
+    assert auth["mlflow"]["default_permission"] == "READ"
+    assert auth["mlflow"]["database_uri"].endswith("/mlflow_auth")
+    assert "mlflow_auth" in FILE["configs"]["postgres_databases"]["content"]
+    assert SERVICES["mlflow"]["environment"]["MLFLOW_AUTH_CONFIG_PATH"] == "/etc/mlflow/auth.ini"
+    users = SERVICES["mlflow-users"]
+    assert "users.py ddpm ddpm-reader " in users["command"][-1]
+    assert {"DDPM_PASSWORD", "DDPM_READER_PASSWORD"} <= users["environment"].keys()
+    assert (COMPOSE / FILE["configs"]["mlflow_users"]["file"]).is_file()
+
+
+def test_the_services_without_containers_have_the_same_ports_bucket_and_users() -> None:
+    settings = services_settings()
+    ports = settings.Ports()
+    published = {port for service in SERVICES.values() for port in service.get("ports", [])}
+    assert {f"127.0.0.1:{ports.mlflow}:5000", f"127.0.0.1:{ports.s3}:8333"} < published
+    assert f"127.0.0.1:{ports.postgres}:5432" in published
+    assert f"-bucket={settings.BUCKET}" in SERVICES["seaweedfs"]["command"]
+    assert mlflow_options()["artifacts_destination"] == f"s3://{settings.BUCKET}/{settings.MLFLOW_PREFIX}"
 
 
 def test_no_command_line_carries_a_secret() -> None:
@@ -89,7 +137,7 @@ def test_mlflow_refuses_foreign_host_names_and_answers_to_its_own() -> None:
 
 def test_the_bucket_that_mlflow_writes_to_is_created() -> None:
     bucket = mlflow_options()["artifacts_destination"].removeprefix("s3://").partition("/")[0]
-    assert SERVICES["seaweedfs"]["environment"]["S3_BUCKET"] == bucket
+    assert f"-bucket={bucket}" in SERVICES["seaweedfs"]["command"]
 
 
 def test_mlflow_finds_the_other_services_by_name() -> None:
@@ -107,6 +155,17 @@ def test_the_server_has_the_clients_version_and_is_not_root() -> None:
     dockerfile = (COMPOSE / SERVICES["mlflow"]["build"]["dockerfile"]).read_text()
     assert f"mlflow=={metadata.version('mlflow')} " in dockerfile
     assert re.findall(r"^USER (\S+)", dockerfile, re.MULTILINE)[-1] not in ("root", "0")
+
+
+def services_settings() -> ModuleType:
+    """``infra/services/settings.py``, which is no part of a package."""
+    spec = importlib.util.spec_from_file_location("services_settings", INFRA / "services" / "settings.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def mlflow_options() -> dict[str, Any]:

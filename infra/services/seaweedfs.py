@@ -1,0 +1,59 @@
+"""The S3 store: one bucket, a user who may write in it and one who may only read."""
+
+import json
+from pathlib import Path
+
+from daemon import Daemon, answers
+from programs import Programs
+from settings import BUCKET, Settings, write_private
+
+_ACTIONS = {"writer": ("Read", "Write", "List", "Tagging"), "reader": ("Read", "List")}
+
+
+def daemon(settings: Settings, programs: Programs) -> Daemon:
+    """The server; its users are written by ``prepare``."""
+    s3 = settings.ports.s3
+    command = [
+        programs.weed, "-logtostderr", "mini", f"-dir={settings.folder / 'seaweedfs'}", f"-ip={settings.bind}",
+        f"-ip.bind={settings.bind}", f"-s3.port={s3}", f"-master.port={s3 + 1}", f"-volume.port={s3 + 2}",
+        f"-filer.port={s3 + 3}", f"-admin.port={s3 + 4}", f"-s3.config={_users(settings)}", f"-bucket={BUCKET}",
+        "-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false", "-master.telemetry=false",
+    ]  # fmt: skip
+    return Daemon(
+        name="seaweedfs",
+        folder=settings.folder,
+        command=command,
+        ready=lambda: answers(f"{settings.s3_uri}/healthz"),
+        seconds=60,
+    )
+
+
+def prepare(settings: Settings) -> None:
+    """Writes the users: who is in no list gets nothing, and nobody may touch another bucket."""
+    (settings.folder / "seaweedfs").mkdir(exist_ok=True)
+    identities = [
+        {
+            "name": f"ddpm-{user}",
+            "credentials": [
+                {
+                    "accessKey": settings.secrets[f"s3_{user}_key"],
+                    "secretKey": settings.secrets[f"s3_{user}_secret"],
+                }
+            ],
+            "actions": [f"{action}:{BUCKET}" for action in actions],
+        }
+        for user, actions in _ACTIONS.items()
+    ]
+    write_private(_users(settings), json.dumps({"identities": identities}))
+
+
+def remove_sockets(settings: Settings) -> None:
+    """SeaweedFS leaves its sockets behind."""
+    for port in range(settings.ports.s3, settings.ports.s3 + 5):
+        for number in (port, port + 10_000):
+            for path in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
+                path.unlink(missing_ok=True)
+
+
+def _users(settings: Settings) -> Path:
+    return settings.folder / "s3-users.json"
