@@ -32,6 +32,7 @@ def main(argv: list[str]) -> tuple[dict[str, Any], str]:
         "protocol": result.identity,
         "winner": asdict(result.winner) if result.winner else None,
         "verdict": result.verdict(),
+        "registered": result.registered,
         "trials": [asdict(trial) for trial in result.trials],
         "refused": [asdict(entry) for entry in result.refused],
     }

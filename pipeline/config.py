@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 
 __all__ = [
     "METRICS",
+    "OBJECTIVES",
     "ClusterConfig",
     "ComputeConfig",
     "ConvertConfig",
@@ -46,6 +47,8 @@ __all__ = [
 Metric = Literal["fd", "fd-interval", "fd-infinity", "kid", "prdc", "is", "bpd"]
 METRICS: tuple[str, ...] = typing.get_args(Metric)
 """What an evaluation can measure."""
+OBJECTIVES: tuple[str, ...] = ("fd", "fd-infinity", "kid", "bpd")
+"""Of these, what a sweep can minimise: comparable between schedules, smaller is better."""
 
 Flat = dict[str, Any]
 Switch = tyro.conf.FlagCreatePairsOff[bool]
@@ -545,12 +548,38 @@ class EvaluateConfig:
 class TuneConfig:
     """A sweep over noise schedules: every trial is one training run, judged by one fixed protocol."""
 
+    restore: str | None = None
+    """Continue the sweep of this name after its driver died, as it was started; takes no other flag."""
     schedules: tuple[Literal["linear", "cosine", "quadratic", "sigmoid"], ...] = ("linear", "cosine")
     """Schedule types to try."""
     Ts: tuple[int, ...] = (100, 1000)
     """Values of T to try."""
     beta_ranges: tuple[str, ...] = ("1e-4:0.02",)
-    """Beta ranges START:END (values at T=1000) to try; cosine has none and is tried once for each T."""
+    """Beta ranges START:END (values at T=1000) to try; cosine has none."""
+    search: tuple[str, ...] = ()
+    """Further knobs to try: KNOB=choice(A,B), uniform(A,B), loguniform(A,B) or randint(A,B)."""
+    algorithm: Literal["grid", "random", "optuna"] = "grid"
+    """All combinations, random ones, or those that Optuna's TPE proposes from the results so far."""
+    num_trials: int = 20
+    """Combinations that random and optuna try."""
+    seeds: int = 1
+    """Runs of each combination, with seeds from --seed on; from 2 on their spread is known."""
+    objective: str = "fd"
+    """What is minimised: fd, fd-infinity, kid, or bpd of --held-out."""
+    held_out: str | None = None
+    """Data set for --objective bpd that was not trained on: a path, s3:// URI, or a name under $DDPM_HOME/data."""
+    early_stopping: Switch = False
+    """Stop trials early that are not among the best (ASHA), by the objective of fewer images."""
+    rung_images: int = 500
+    """Images of the objective that early stopping looks at."""
+    first_rung: int | None = None
+    """Step at which early stopping looks first, a multiple of --checkpoint-every, which is the default."""
+    reduction_factor: int = 3
+    """Of so many trials one goes on beyond a rung; the next rung is at so many times the step."""
+    sampling_search: tuple[str, ...] = ()
+    """Sampling knobs to try on the trained models without training again, e.g. sampling_steps=choice(10,50)."""
+    register: str | None = None
+    """Registered model whose alias champion goes to the best trial's checkpoint."""
     max_concurrent_trials: int | None = None
     """Trials at the same time; default: as many as the cluster's CPUs (GPUs) hold now. Set it if the cluster grows."""
     base: TrainConfig = field(default_factory=TrainConfig)
@@ -559,6 +588,14 @@ class TuneConfig:
     def __post_init__(self) -> None:
         _check(len(self.schedules) > 0, "--schedules", self.schedules, "at least one schedule")
         _check(len(self.Ts) > 0, "--Ts", self.Ts, "at least one T")
+        _check(len(self.beta_ranges) > 0, "--beta-ranges", self.beta_ranges, "at least one range")
+        _check_objective(self.objective, self.held_out)
+        for flag in ("num_trials", "seeds"):
+            _check(getattr(self, flag) >= 1, "--" + flag.replace("_", "-"), getattr(self, flag), "at least 1")
+        _check(self.rung_images >= 2, "--rung-images", self.rung_images, "at least 2")
+        _check(self.reduction_factor >= 2, "--reduction-factor", self.reduction_factor, "at least 2")
+        if self.max_concurrent_trials is not None:
+            _check(self.max_concurrent_trials >= 1, "--max-concurrent-trials", self.max_concurrent_trials, "at least 1")
         for text in self.beta_ranges:
             self.parse_beta_range(text)
         for knob, instead in {
@@ -704,6 +741,17 @@ def _typed(value: Any, hint: Any) -> Any:
 def _check(ok: bool, flag: str, given: Any, allowed: str) -> None:
     if not ok:
         raise UserError(f"{flag} {given}: must be {allowed}")
+
+
+def _check_objective(objective: str, held_out: str | None) -> None:
+    if "loss" in objective:
+        raise UserError(
+            f"--objective {objective}: losses of different schedules and T are means over different noise levels and "
+            f"do not compare; give one of {', '.join(OBJECTIVES)}"
+        )
+    _check(objective in OBJECTIVES, "--objective", objective, f"one of {', '.join(OBJECTIVES)}")
+    if objective == "bpd" and held_out is None:
+        raise UserError("--objective bpd needs --held-out: a data set that was not trained on")
 
 
 def _check_folder(flag: str, folder: str | None) -> None:

@@ -40,6 +40,7 @@ class Purpose(IntEnum):
     SHOW_IMAGE = 18
     SHOW_NOISE = 19
     SHOW_STEP = 20
+    SWEEP_POINT = 21
 
 
 def generator(seed: int, purpose: Purpose, *indices: int) -> np.random.Generator:

@@ -50,6 +50,7 @@ ONLY_IN = {
     "mypy_boto3_s3": ("storage",),
     "webdataset": ("data",),
     "matplotlib": ("show",),
+    "optuna": ("sweep",),
     "tyro": ("cli.py", "config.py"),
 }
 """Where a third-party library may be imported: sub-packages (or modules of that name) and single files."""

@@ -1,5 +1,6 @@
 """Checkpoints that lack a result get one, each from one evaluator; the result goes where training logged."""
 
+import contextlib
 import logging
 import math
 import time
@@ -57,6 +58,8 @@ def evaluate(
     deadline: Deadline = Deadline(),
     *,
     on_result: Callable[[Evaluation], None] = lambda evaluation: None,
+    logged_under: str = "",
+    workers: Workers | None = None,
 ) -> Outcome:
     """Evaluates checkpoints on the Ray cluster that this process has joined.
 
@@ -69,6 +72,8 @@ def evaluate(
         todo: What ``select`` gave.
         deadline: When to stop; what is half done then is kept.
         on_result: Told of each result once it is logged; an interrupt may come before this function returns it.
+        logged_under: Added to the names of the run's metrics, so that the results make a curve of their own.
+        workers: Actors that are there already, of these ``cluster`` and ``protocol`` knobs.
 
     Raises:
         UserError: The feature network's weights are refused, or there are not enough GPUs.
@@ -79,8 +84,17 @@ def evaluate(
     evaluated: list[Evaluation] = []
     failed: list[Failure] = []
     skipped: list[Skipped] = []
-    with open_workers(config.cluster, config.protocol, most=num_chunks(config)) as workers:
-        one = partial(_leased, config, tracker, extractor=extractor, workers=workers, deadline=deadline)
+    opened = open_workers(config.cluster, config.protocol, most=num_chunks(config))
+    with opened if workers is None else contextlib.nullcontext(workers) as crew:
+        one = partial(
+            _leased,
+            config,
+            tracker,
+            extractor=extractor,
+            workers=crew,
+            deadline=deadline,
+            logged_under=logged_under,
+        )
         for place, candidate in enumerate(todo):
             # Counted by successes: checkpoints that cannot be evaluated must not keep others waiting.
             if len(evaluated) == config.max_checkpoints:
@@ -100,8 +114,17 @@ def evaluate(
     return Outcome(evaluated=evaluated, failed=failed, skipped=skipped)
 
 
-def evaluate_last(config: EvaluateConfig, run: str, tracker: Tracker) -> Evaluation:
+def evaluate_last(
+    config: EvaluateConfig, run: str, tracker: Tracker, *, logged_under: str = "", workers: Workers | None = None
+) -> Evaluation:
     """The result of a run's last checkpoint: measured now, by another evaluator, or before, by the same protocol.
+
+    Args:
+        config: The protocol; with ``step`` that step's checkpoint instead of the last.
+        run: The run's name.
+        tracker: Connected to MLflow.
+        logged_under: As for ``evaluate``.
+        workers: As for ``evaluate``.
 
     Raises:
         UserError: As ``select``.
@@ -109,7 +132,7 @@ def evaluate_last(config: EvaluateConfig, run: str, tracker: Tracker) -> Evaluat
     """
     config = replace(config, run=run, pending=False, last=True, retry_failed=True)
     while todo := fitting(config, tracker, select(config, tracker))[0]:
-        outcome = evaluate(config, tracker, todo)
+        outcome = evaluate(config, tracker, todo, logged_under=logged_under, workers=workers)
         if outcome.failed:
             raise WorldError(f"{run} was trained, but not evaluated: {outcome.failed[0].reason}")
         if outcome.evaluated:
@@ -156,6 +179,7 @@ def _leased(
     extractor: FeatureExtractor,
     workers: Workers,
     deadline: Deadline,
+    logged_under: str,
 ) -> Evaluation | Failure | Skipped | None:
     """Evaluates a checkpoint unless somebody else does; None if the time is over."""
     candidate = replace(candidate, checkpoint=tracker.refresh(candidate.checkpoint))
@@ -170,7 +194,9 @@ def _leased(
         return _skipped(candidate, "another evaluator took it at the same moment")
     with lease:
         try:
-            return _evaluate_one(config, tracker, candidate, protocol, extractor, workers, lease, deadline)
+            return _evaluate_one(
+                config, tracker, candidate, protocol, extractor, workers, lease, deadline, logged_under
+            )
         except OutOfTimeError:
             lease.release()
             return None
@@ -195,6 +221,7 @@ def _evaluate_one(
     workers: Workers,
     lease: Lease,
     deadline: Deadline,
+    logged_under: str,
 ) -> Evaluation:
     started = time.monotonic()
     checkpoint, location = candidate.checkpoint, candidate.checkpoint.tags["data.location"]
@@ -228,7 +255,10 @@ def _evaluate_one(
         if found.note:
             record["note"] = found.note
         lease.check()
-        tracker.log_result(checkpoint, identity=own.identity, protocol=record, metrics=found.metrics[metric])
+        values = found.metrics[metric]
+        tracker.log_result(
+            checkpoint, identity=own.identity, protocol=record, metrics=values, logged_under=logged_under
+        )
     if found.terms is not None:
         tracker.log_terms(checkpoint, found.terms, suffix=candidate.metric_suffix)
     found.discard()

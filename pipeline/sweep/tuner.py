@@ -5,26 +5,34 @@ number of network evaluations. The loss is never the objective: it is not compar
 """
 
 import logging
-import time
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
-import ray
 import ray.tune
-from ray.tune import Callback, RunConfig, Tuner
+from ray.tune import FailureConfig, RunConfig, Tuner
 from ray.tune import TuneConfig as RayTuneConfig
 
-from pipeline import cluster, storage
-from pipeline.config import ClusterConfig, EvaluateConfig, TrainConfig, TuneConfig, as_params, changes, to_flat
-from pipeline.errors import UserError, WorldError, first_line
-from pipeline.evaluation.evaluator import evaluate_last
-from pipeline.evaluation.features import extractor_of, metric_of
+from pipeline import cluster
+from pipeline.config import EvaluateConfig, TuneConfig, as_params, changes, to_flat
+from pipeline.diffusion.averages import EMA
+from pipeline.errors import UserError, WorldError
+from pipeline.evaluation.features import extractor_of
+from pipeline.evaluation.metrics import metric_protocol
+from pipeline.evaluation.protocol import Protocol
 from pipeline.provenance import code_record
-from pipeline.sweep.report import SweepResult, TrialResult
-from pipeline.sweep.space import Trial, search_space
-from pipeline.tracking import TakenOverError, TrackedRun, Tracker
-from pipeline.training.task import plan
-from pipeline.training.trainer import fit
+from pipeline.sweep.bookkeeping import Bookkeeper, trial_of
+from pipeline.sweep.conclusion import conclude
+from pipeline.sweep.points import Listed, Source, open_source
+from pipeline.sweep.record import SweepRecord, sweeps_root
+from pipeline.sweep.report import SweepResult
+from pipeline.sweep.sampling_search import ways_to_sample
+from pipeline.sweep.searcher import TrialSearcher, rungs_of, stopping
+from pipeline.sweep.trial_run import TrialPlan, run_trial
+from pipeline.tracking import TrackedRun, Tracker
+from pipeline.training.task import TrainingTask, plan
 
 __all__ = ["tune"]
 
@@ -35,6 +43,12 @@ _MAY_CHANGE = {
     "schedules",
     "Ts",
     "beta_ranges",
+    "search",
+    "algorithm",
+    "num_trials",
+    "seeds",
+    "sampling_search",
+    "register",
     "max_concurrent_trials",
     "num_workers",
     "use_gpu",
@@ -48,21 +62,13 @@ _MAY_CHANGE = {
 # A trial's driver only waits for its workers. It may hold no CPU: on a cluster that is full of such drivers no worker
 # would ever start. Tune refuses a trial without any resource, so it holds one byte of memory.
 _DRIVER_RESOURCES = {"CPU": 0.0, "memory": 1.0}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Sweep:
-    """What every trial needs to know."""
-
-    name: str
-    run_id: str
-    base: TrainConfig
-    evaluation: EvaluateConfig
-    trials: dict[str, Trial]
+_NO_END = 10**9
 
 
 def tune(config: TuneConfig, name: str, tracker: Tracker) -> SweepResult:
-    """Runs a sweep, or continues the one of this name: finished trials are not trained or measured again.
+    """Runs a sweep, or continues the one of this name: trials that have ended are not trained or measured again.
+
+    Starts Ray if no cluster is given and there is a trial to run.
 
     Args:
         config: Space, base run and protocol.
@@ -73,58 +79,61 @@ def tune(config: TuneConfig, name: str, tracker: Tracker) -> SweepResult:
         UserError: No sound combination, or data set, config or name is refused; nothing was started.
         WorldError: No trial finished.
     """
-    trials, refused = search_space(config)
-    for trial in trials:
-        plan(trial.config(config.base, name))
-    extractor_of(config.protocol)
+    record = SweepRecord.load(name) or SweepRecord(name=name, config=config)
+    record.config = config
+    source = _open_source(config, record)
+    task = _check_trials(source, config, name)
+    protocol = _protocol(config, task)
     _refuse_another_sweep(config, name, tracker)
-    workers = config.base.cluster
     parent = tracker.start_run(
-        name,
-        experiment=config.base.experiment,
-        params=_params(config),
-        tags={"ddpm.kind": "sweep", **{f"code.{key}": value for key, value in code_record().items()}},
+        name, experiment=config.base.experiment, params=_params(config), tags=_tags(config, protocol)
     )
-    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-    try:
-        sweep = _Sweep(
-            name=name,
+    with _truthful_status(parent, tracker):
+        record.save()
+        plan_of_all = TrialPlan(
+            sweep=name,
             run_id=parent.run_id,
             base=config.base,
-            evaluation=EvaluateConfig.after(config.base, config.protocol),
-            trials={trial.key: trial for trial in trials},
+            evaluation=_evaluation(config),
+            rungs=rungs_of(config),
+            rung_images=config.rung_images,
+            ways=ways_to_sample(config),
         )
-        logger.info("sweep %s: %d trials, %d combinations refused", name, len(trials), len(refused))
-        results = _run(sweep, _concurrency(config, workers), parent)
-        result = SweepResult(
-            name=name,
-            run_id=parent.run_id,
-            metric=metric_of(config.protocol.features),
-            identity=next((identity for _, identity in results if identity), ""),
-            trials=[trial for trial, _ in results],
-            refused=refused,
-            ui=tracker.ui_command(parent.run_id, parent.experiment_id),
-        )
-        _log(result, parent)
+        bookkeeper = Bookkeeper(config, record, source, tracker, parent)
+        _run(plan_of_all, config, record, source, bookkeeper)
+        bookkeeper.send()
+        result = conclude(record, protocol, parent, tracker)
         if result.winner is None:
             raise WorldError(f"no trial finished; the first error: {result.trials[0].error}")
-        status = "FINISHED"
-        return result
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        _end(tracker, parent, status)
+    return result
 
 
-def _end(tracker: Tracker, parent: TrackedRun, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-    """Ends the sweep's runs. That MLflow is away must not hide how the sweep ended; later jobs mark what is left."""
-    try:
-        # Trials that were stopped with the sweep cannot say so themselves.
-        tracker.end_children(parent.run_id, parent.experiment_id)
-        parent.finish(status)
-    except WorldError as error:
-        logger.warning("the sweep could not be marked %s: %s", status, error)
+def _open_source(config: TuneConfig, record: SweepRecord) -> Source:
+    points = record.points.values()
+    known = [(point, record.value_of(point, config), record.is_done(point, config)) for point in points]
+    return open_source(config, known)
+
+
+def _check_trials(source: Source, config: TuneConfig, name: str) -> TrainingTask:
+    """Checks data set and network of all trials that are known by now; Optuna's later points at least their network."""
+    ways_to_sample(config)
+    rungs_of(config)
+    trials = [trial for point in source.points for trial in point.trials(config)] if isinstance(source, Listed) else []
+    for trial in trials:
+        plan(trial.config(config.base, name))
+    return plan(replace(config.base, name=name))
+
+
+def _evaluation(config: TuneConfig) -> EvaluateConfig:
+    evaluation = EvaluateConfig.after(config.base, config.protocol)
+    return replace(evaluation, metrics=(config.objective,), held_out=config.held_out)  # type: ignore[arg-type]
+
+
+def _protocol(config: TuneConfig, task: TrainingTask) -> Protocol:
+    """The protocol that all trials are judged by. Raises ``UserError`` if the feature network is refused."""
+    evaluation, extractor = _evaluation(config), extractor_of(config.protocol)
+    distance = Protocol.of(evaluation, extractor, task.manifest.digest, EMA)
+    return metric_protocol(config.objective, distance, extractor, evaluation)
 
 
 def _refuse_another_sweep(config: TuneConfig, name: str, tracker: Tracker) -> None:
@@ -132,123 +141,97 @@ def _refuse_another_sweep(config: TuneConfig, name: str, tracker: Tracker) -> No
     existing = tracker.find_run(name)
     if existing is None:
         return
+    if existing.data.tags.get("ddpm.kind") != "sweep":
+        raise UserError(f"{name!r} is a training run; choose another --name for the sweep")
     changed = changes(as_params(_params(config)), existing.data.params, allowed=_MAY_CHANGE)
     if changed:
         raise UserError(f"sweep {name!r} exists with other trials: {'; '.join(changed)}; choose another --name")
 
 
 def _params(config: TuneConfig) -> dict[str, Any]:
-    searched = {"schedule", "T", "beta_start", "beta_end", "name"}
-    flat = to_flat(config)
-    return {key: value for key, value in flat.items() if key not in searched}
+    searched = {"schedule", "T", "beta_start", "beta_end", "name", "restore"}
+    return {key: value for key, value in to_flat(config).items() if key not in searched}
 
 
-def _concurrency(config: TuneConfig, workers: ClusterConfig) -> int:
-    """As many trials as the cluster holds workers for, unless the caller knows better (a cluster that grows)."""
-    fitting = cluster.fits(
-        num_workers=workers.min_workers, cpus_per_worker=workers.cpus_per_worker, use_gpu=workers.use_gpu
-    )
-    return max(1, config.max_concurrent_trials or fitting)
-
-
-def _run(sweep: _Sweep, concurrency: int, parent: TrackedRun) -> list[tuple[TrialResult, str]]:
-    def run_trial(point: dict[str, str]) -> None:
-        ray.tune.report(_train_and_evaluate(sweep, point["trial"]))
-
-    tuner = Tuner(
-        ray.tune.with_resources(run_trial, _DRIVER_RESOURCES),
-        param_space={"trial": ray.tune.grid_search(list(sweep.trials))},
-        tune_config=RayTuneConfig(max_concurrent_trials=concurrency),
-        run_config=RunConfig(
-            name=sweep.name,
-            storage_path=storage.join(storage.home(), "sweeps"),
-            callbacks=[_Progress(len(sweep.trials), parent)],
-            verbose=0,
-        ),
-    )
-    grid = tuner.fit()
-    results = []
-    for result in (grid[index] for index in range(len(grid))):
-        trial = sweep.trials[(result.config or {})["trial"]]
-        metrics = result.metrics or {}
-        error = _last_line(result.error) if result.error else metrics.get("error")
-        results.append((_trial_result(sweep, trial, metrics, error), str(metrics.get("identity", ""))))
-    return results
-
-
-def _train_and_evaluate(sweep: _Sweep, key: str) -> dict[str, Any]:
-    """Runs in the trial's process, on the controller's side: it writes the child run."""
-    started = time.monotonic()
-    try:
-        return _measure(sweep, key) | {"seconds": time.monotonic() - started}
-    except (UserError, WorldError) as error:
-        # An outcome, not a crash: the sweep records it and goes on.
-        return {"error": str(error), "seconds": time.monotonic() - started}
-
-
-def _measure(sweep: _Sweep, key: str) -> dict[str, Any]:
-    tracker = Tracker()
-    config = sweep.trials[key].config(sweep.base, sweep.name)
-    assert config.name is not None
-    trained = fit(config, tracker, parent_run_id=sweep.run_id, tags={"ddpm.trial": key})
-    evaluation = evaluate_last(sweep.evaluation, config.name, tracker)
+def _tags(config: TuneConfig, protocol: Protocol) -> dict[str, str]:
     return {
-        "value": evaluation.value,
-        "identity": evaluation.identity,
-        "images_per_second": trained.images_per_second,
+        "ddpm.kind": "sweep",
+        "ddpm.objective": protocol.metric,
+        "ddpm.protocol": protocol.identity,
+        "ddpm.budget": f"{config.base.steps} steps of {config.base.data.batch_size} images",
+        **{f"code.{key}": value for key, value in code_record().items()},
     }
 
 
-def _trial_result(sweep: _Sweep, trial: Trial, metrics: dict[str, Any], error: str | None) -> TrialResult:
-    return TrialResult(
-        run=f"{sweep.name}-{trial.key}",
-        schedule=trial.knobs["schedule"],
-        T=trial.knobs["T"],
-        beta_start=trial.knobs.get("beta_start"),
-        beta_end=trial.knobs.get("beta_end"),
-        value=None if error else metrics.get("value"),
-        images_per_second=metrics.get("images_per_second"),
-        seconds=metrics.get("seconds"),
-        error=error,
-    )
-
-
-def _log(result: SweepResult, parent: TrackedRun) -> None:
-    parent.log_text(result.to_csv(), "sweep.csv")
-    parent.log_text(result.text(), "sweep.txt")
-    winner = result.winner
-    if winner is not None and winner.value is not None:
-        parent.log_metrics([{"step": 0, result.metric: winner.value}])
-        parent.set_tags({"ddpm.winner": winner.run, "ddpm.verdict": result.verdict(), "ddpm.protocol": result.identity})
-
-
-def _last_line(error: BaseException) -> str:
-    return first_line(Exception(str(error).strip().splitlines()[-1]))
-
-
-class _Progress(Callback):
-    """One line for each finished trial, and the sweep's sign of life."""
-
-    def __init__(self, total: int, parent: TrackedRun) -> None:
-        self._total, self._done, self._parent = total, 0, parent
-
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Called by Tune after each turn of its loop."""
+@contextmanager
+def _truthful_status(parent: TrackedRun, tracker: Tracker) -> Iterator[None]:
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        logger.info("the sweep goes on with: python jobs/tune.py --restore %s", parent.name)
+        raise
+    finally:
+        # That MLflow is away must not hide how the sweep ended; later jobs mark what is left.
         try:
-            self._parent.heartbeat()
-        except TakenOverError:
-            raise
-        except Exception as error:  # MLflow being away must not end a sweep.
-            logger.warning("MLflow does not answer: %s", first_line(error))
+            # Trials that were stopped with the sweep cannot say so themselves.
+            tracker.end_children(parent.run_id, parent.experiment_id)
+            parent.finish(status)
+        except WorldError as error:
+            logger.warning("the sweep could not be marked %s: %s", status, error)
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Called by Tune when a trial is done."""
-        self._done += 1
-        last = trial.last_result or {}
-        outcome = f"{last['value']:.3f}" if "value" in last else f"failed: {last.get('error')}"
-        logger.info("trial %d/%d %s: %s", self._done, self._total, trial.config["trial"], outcome)
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Called by Tune when a trial has failed."""
-        self._done += 1
-        logger.warning("trial %d/%d %s failed", self._done, self._total, trial.config["trial"])
+def _concurrency(config: TuneConfig) -> int:
+    """As many trials as the cluster holds workers for, unless the caller knows better (a cluster that grows)."""
+    workers = config.base.cluster
+    fitting = cluster.fits(
+        num_workers=workers.min_workers, cpus_per_worker=workers.cpus_per_worker, use_gpu=workers.use_gpu
+    )
+    wanted = config.max_concurrent_trials or fitting
+    if wanted > fitting and "RAY_ADDRESS" not in os.environ:
+        logger.warning("--max-concurrent-trials %d: this machine holds the workers of %d", wanted, max(1, fitting))
+        wanted = fitting
+    return max(1, wanted)
+
+
+def _run(
+    plan_of_all: TrialPlan, config: TuneConfig, record: SweepRecord, source: Source, bookkeeper: Bookkeeper
+) -> None:
+    searcher = TrialSearcher(config, record, source)
+    if not searcher.has_work():
+        return
+    listed = f" of {len(source.points) * config.seeds}" if isinstance(source, Listed) else ""
+    logger.info(
+        "sweep %s: %d%s trials have ended, %d combinations refused",
+        record.name, len(record.ended), listed, len(record.refused),
+    )  # fmt: skip
+
+    def trainable(task: dict[str, str]) -> None:
+        for report in run_trial(plan_of_all, trial_of(task)):
+            ray.tune.report(report)
+
+    # Ctrl-C ends the sweep at once: what has ended is on record, and --restore goes on.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    workers = config.base.cluster
+    with cluster.connect(num_cpus=workers.max_workers * workers.cpus_per_worker):
+        tuner = Tuner(
+            ray.tune.with_resources(trainable, _DRIVER_RESOURCES),
+            tune_config=RayTuneConfig(
+                search_alg=searcher,
+                scheduler=stopping(config, record),
+                num_samples=_NO_END,
+                max_concurrent_trials=_concurrency(config),
+                trial_dirname_creator=lambda trial: f"{trial.config['trial'][:100]}-{trial.trial_id}",
+            ),
+            run_config=RunConfig(
+                name=record.name,
+                storage_path=sweeps_root(),
+                callbacks=[bookkeeper],
+                # Of a trial's driver, whose node may be taken away; what training itself says is reported, not raised.
+                failure_config=FailureConfig(max_failures=config.base.cluster.max_failures),
+                verbose=0,
+            ),
+        )
+        tuner.fit()

@@ -26,18 +26,28 @@ def log_result(
     identity: str,
     protocol: Mapping[str, Any],
     metrics: Mapping[str, float],
+    logged_under: str = "",
 ) -> None:
     """Stores an evaluation: its metrics together, in one transaction, then the mark that says they are there.
 
     An evaluator that was killed between the two leaves metrics without the mark. The next one finds the same values at
     the same step and only sets the mark.
+
+    Args:
+        client: Connected to MLflow.
+        checkpoint: What was measured.
+        identity: Of the protocol.
+        protocol: Stored with the values.
+        metrics: Values by name.
+        logged_under: Added to the names on the run, which keeps results of several protocols apart; the record on the
+            checkpoint has the names as they are.
     """
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
     new = [
         Metric(key, value, now, checkpoint.step, model_id=checkpoint.model_id)
-        for key, value in metrics.items()
+        for key, value in ((name + logged_under, value) for name, value in metrics.items())
         if not _is_logged(client, checkpoint, key, value)
     ]
     if new:

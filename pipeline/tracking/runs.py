@@ -33,6 +33,7 @@ __all__ = [
     "TIMESTAMP",
     "DataSetInput",
     "MetricRecord",
+    "Status",
     "TakenOverError",
     "TrackedRun",
     "dataset_input",

@@ -17,11 +17,11 @@ from urllib.parse import quote, urlsplit, urlunsplit
 from pipeline import storage
 from pipeline.config import as_params
 from pipeline.errors import UserError, WorldError, first_line
-from pipeline.tracking import leases, ownership, recorded, registry, results
+from pipeline.tracking import leases, ownership, recorded, registry, results, trials
 from pipeline.tracking.checkpoints import Checkpoint, checkpoint_of, published
 from pipeline.tracking.ownership import Claim
 from pipeline.tracking.recorded import RecordedRun
-from pipeline.tracking.runs import DataSetInput, TrackedRun, dataset_input, one_line_errors
+from pipeline.tracking.runs import DataSetInput, Status, TrackedRun, dataset_input, one_line_errors
 
 # An outage must not hold the driver for minutes: few short retries here, records are kept and sent later instead.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -133,6 +133,13 @@ class Tracker:
         runs = self._runs_called(name)
         return max(runs, key=_precedence) if runs else None
 
+    @one_line_errors
+    def is_held(self, name: str) -> bool:
+        """Whether another process of this machine that lives writes the run of this name."""
+        run = self.find_run(name)
+        holder = ownership.holder_of(run) if run is not None else None
+        return holder is not None and not holder.is_own() and holder.process_lives() is True
+
     def close_abandoned(self, experiment: str) -> None:
         """Marks runs of an experiment KILLED that say RUNNING, but whose driver is gone; never those of other programs.
 
@@ -153,6 +160,20 @@ class Tracker:
         query = f"tags.`mlflow.parentRunId` = '{parent_run_id}' and attributes.status = 'RUNNING'"
         for run in self.client.search_runs([experiment_id], query):
             ownership.close(self.client, run, "its sweep ended", is_final=True)
+
+    @one_line_errors
+    def note_trial(
+        self,
+        run_id: str,
+        *,
+        tags: Mapping[str, str],
+        metrics: Mapping[str, float],
+        step: int,
+        files: Mapping[str, str],
+        status: Status | None = None,
+    ) -> None:
+        """Writes how a trial of a sweep ended on its run; see ``trials.note``."""
+        trials.note(self.client, run_id, tags=tags, metrics=metrics, step=step, files=files, status=status)
 
     @one_line_errors
     def run_names(self, limit: int = 20) -> list[str]:
@@ -228,10 +249,23 @@ class Tracker:
 
     @one_line_errors
     def log_result(
-        self, checkpoint: Checkpoint, *, identity: str, protocol: Mapping[str, Any], metrics: Mapping[str, float]
+        self,
+        checkpoint: Checkpoint,
+        *,
+        identity: str,
+        protocol: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        logged_under: str = "",
     ) -> None:
         """Stores an evaluation's metrics and its protocol; see ``results.log_result``."""
-        results.log_result(self.client, checkpoint, identity=identity, protocol=protocol, metrics=metrics)
+        results.log_result(
+            self.client,
+            checkpoint,
+            identity=identity,
+            protocol=protocol,
+            metrics=metrics,
+            logged_under=logged_under,
+        )
 
     @one_line_errors
     def has_sheet(self, checkpoint: Checkpoint) -> bool:

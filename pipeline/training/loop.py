@@ -31,7 +31,7 @@ Prepared = tuple[Batch, Tensor, Tensor, Tensor | None]
 
 
 def train(task: TrainingTask, worker: Worker, resume_from: Path | None = None) -> int:
-    """Trains until ``steps`` and returns the step reached.
+    """Trains until the task's last step and returns the step reached.
 
     A run's state is (weights, EMA, optimizer, step). Images, flips, t, eps, hidden labels and dropout are functions of
     (seed, step) (dropout also of the rank), so nothing else is saved or restored.
@@ -93,7 +93,7 @@ def train(task: TrainingTask, worker: Worker, resume_from: Path | None = None) -
                     worker.log(record)
             if checkpoint_due:
                 saver.save(done)
-    return max(start, config.steps)
+    return max(start, task.last_step)
 
 
 def _backward(
@@ -185,7 +185,7 @@ def _open_loader(task: TrainingTask, worker: Worker, start: int) -> Loader[Prepa
         rank=worker.rank,
         num_workers=worker.num_workers,
         start_step=start,
-        end_step=task.config.steps,
+        end_step=task.last_step,
         finish=prepare,
     )
 

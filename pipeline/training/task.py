@@ -73,6 +73,13 @@ class TrainingTask:
     config: TrainConfig
     location: str
     manifest: Manifest
+    until: int | None = None
+    """Where this part of the training ends, a multiple of ``checkpoint_every``; None: with the last step."""
+
+    @property
+    def last_step(self) -> int:
+        """The step that this part of the training reaches; what a step computes does not depend on it."""
+        return self.config.steps if self.until is None else min(self.until, self.config.steps)
 
     @property
     def order(self) -> StreamOrder:
@@ -101,9 +108,8 @@ class TrainingTask:
 
     def to_json(self) -> str:
         """The task as JSON text."""
-        return json.dumps(
-            {"config": to_flat(self.config), "location": self.location, "manifest": self.manifest.to_json()}
-        )
+        record = {"config": to_flat(self.config), "location": self.location, "manifest": self.manifest.to_json()}
+        return json.dumps(record | {"until": self.until})
 
     @classmethod
     def from_json(cls, text: str) -> "TrainingTask":
@@ -113,6 +119,7 @@ class TrainingTask:
             config=from_flat(TrainConfig, record["config"]),
             location=record["location"],
             manifest=Manifest.from_json(record["manifest"]),
+            until=record["until"],
         )
 
 

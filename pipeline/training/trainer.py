@@ -82,6 +82,7 @@ def fit(
     tags: Mapping[str, str] | None = None,
     live: bool = False,
     measure: Measure | None = None,
+    until: int | None = None,
 ) -> TrainResult:
     """Trains, or continues, the run called ``config.name`` on the Ray cluster this process has joined.
 
@@ -92,6 +93,8 @@ def fit(
         tags: Further tags of the MLflow run.
         live: Whether progress may be drawn as a bar, if stderr is a terminal.
         measure: Measured for published checkpoints beside training; without it they get a sample sheet only.
+        until: Stop at this step, a multiple of ``checkpoint_every``, and leave the rest to another call: learning rate
+            and all else are those of a run to ``config.steps``.
 
     Raises:
         UserError: Config, data set or name is refused; nothing was started.
@@ -99,7 +102,8 @@ def fit(
         Interrupted: Ctrl-C or SIGTERM.
     """
     config = replace(config, name=config.name or new_name(config))
-    task = plan(config)
+    assert until is None or until % config.checkpoint_every == 0
+    task = replace(plan(config), until=until)
     workers = config.cluster
     cluster.require(num_workers=workers.min_workers, cpus_per_worker=workers.cpus_per_worker, use_gpu=workers.use_gpu)
     run = open_run(task, tracker, parent_run_id, tags or {})

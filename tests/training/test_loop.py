@@ -1,5 +1,6 @@
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -189,3 +190,16 @@ def test_damage_is_counted_by_window_and_judged_by_epoch_also_when_an_epoch_ends
         feed(meter, range(170, 180), {175: 1})
     with pytest.raises(HopelessError, match="4 of the 1788"):
         feed(meter_of(task), range(0, 310), {10: 4})  # in an epoch that is over when the window ends
+
+
+def test_a_training_in_two_parts_equals_the_unbroken_one_though_the_learning_rate_decays(tmp_path: Path) -> None:
+    task = small_task(tmp_path, lr_warmup_steps=2, lr_decay="cosine")
+    run_one(task, tmp_path / "unbroken")
+    first = run_one(replace(task, until=4), tmp_path / "parts")
+    assert first[-1]["step"] == 4
+    assert not (tmp_path / "parts" / "step-00000008").exists()
+    run_one(task, tmp_path / "parts", resume_from=tmp_path / "parts" / "step-00000004")
+    for name in STATE_FILES:
+        a, b = (tmp_path / folder / "step-00000008" / name for folder in ("unbroken", "parts"))
+        assert a.read_bytes() == b.read_bytes()
+    assert TrainingTask.from_json(replace(task, until=4).to_json()).last_step == 4
