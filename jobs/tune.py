@@ -1,6 +1,6 @@
 """Sweeps noise schedules with Ray Tune: ``python jobs/tune.py --help``."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import cli
@@ -25,18 +25,7 @@ def main(argv: list[str]) -> tuple[dict[str, Any], str]:
     from pipeline.sweep.session import run_sweep
 
     result = run_sweep(config)
-    facts = {
-        "sweep": result.name,
-        "run_id": result.run_id,
-        "metric": result.metric,
-        "protocol": result.identity,
-        "winner": asdict(result.winner) if result.winner else None,
-        "verdict": result.verdict(),
-        "registered": result.registered,
-        "trials": [asdict(trial) for trial in result.trials],
-        "refused": [asdict(entry) for entry in result.refused],
-    }
-    return facts, result.text()
+    return result.to_json(), result.text()
 
 
 if __name__ == "__main__":

@@ -550,6 +550,8 @@ class TuneConfig:
 
     restore: str | None = None
     """Continue the sweep of this name after its driver died, as it was started; takes no other flag."""
+    report: str | None = None
+    """Run nothing: write the report on the sweep of this name, one HTML file, from what MLflow has now."""
     schedules: tuple[Literal["linear", "cosine", "quadratic", "sigmoid"], ...] = ("linear", "cosine")
     """Schedule types to try."""
     Ts: tuple[int, ...] = (100, 1000)

@@ -3,14 +3,16 @@
 import json
 from dataclasses import asdict, replace
 
+from pipeline import storage
 from pipeline.config import TuneConfig
 from pipeline.evaluation.protocol import Protocol
 from pipeline.sweep.record import SweepRecord
 from pipeline.sweep.report import SweepResult, TrialResult
+from pipeline.sweep.report_html import sweep_report
 from pipeline.sweep.space import Trial
 from pipeline.tracking import TrackedRun, Tracker
 
-__all__ = ["conclude"]
+__all__ = ["conclude", "write_report"]
 
 
 def conclude(record: SweepRecord, protocol: Protocol, parent: TrackedRun, tracker: Tracker) -> SweepResult:
@@ -38,7 +40,27 @@ def conclude(record: SweepRecord, protocol: Protocol, parent: TrackedRun, tracke
     )
     result = replace(result, registered=_register(config, result, tracker))
     _log(result, parent)
-    return result
+    return replace(result, report=write_report(result.name, parent, tracker))
+
+
+def write_report(name: str, parent: TrackedRun | None, tracker: Tracker, *, run_id: str = "") -> str:
+    """Writes a sweep's report, read from MLflow, under ``$DDPM_HOME/reports``.
+
+    Args:
+        name: The sweep's.
+        parent: Its run, where the report is logged as well; None leaves MLflow as it is.
+        tracker: Connected to MLflow.
+        run_id: Of the sweep's run, where ``parent`` is None.
+
+    Returns:
+        Where it lies.
+    """
+    page = sweep_report(tracker, run_id if parent is None else parent.run_id)
+    location = storage.join(storage.home(), "reports", f"sweep-{name}.html")
+    storage.write_bytes(location, page.encode())
+    if parent is not None:
+        parent.log_text(page, "sweep.html")
+    return location
 
 
 def _trial_result(record: SweepRecord, trial: Trial) -> TrialResult:
@@ -78,7 +100,10 @@ def _register(config: TuneConfig, result: SweepResult, tracker: Tracker) -> str 
 def _log(result: SweepResult, parent: TrackedRun) -> None:
     """Leaves the answer on the sweep's run; reports that read MLflow come last, when all they read is there."""
     winner = result.winner
-    parent.set_tags({"ddpm.verdict": result.verdict(), **({"ddpm.winner": winner.run} if winner else {})})
+    # MLflow's page of the run begins with the note.
+    note = f"{result.verdict()}\n\nAll of it: the artifact sweep.html."
+    tags = {"ddpm.verdict": result.verdict(), "mlflow.note.content": note}
+    parent.set_tags({**tags, **({"ddpm.winner": winner.run} if winner else {})})
     if winner is not None and winner.value is not None:
         parent.log_metrics([{"step": 0, result.metric: winner.value}])
     parent.log_text(json.dumps([asdict(entry) for entry in result.refused]), "refused.json")

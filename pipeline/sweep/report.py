@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pipeline.config import as_params
@@ -66,6 +66,23 @@ class SweepResult:
     ui: Sequence[str]
     registered: str | None = None
     """Which model got the alias, in words."""
+    report: str | None = None
+    """Where the report lies."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The result of ``--json``."""
+        return {
+            "sweep": self.name,
+            "run_id": self.run_id,
+            "metric": self.metric,
+            "protocol": self.identity,
+            "winner": asdict(self.winner) if self.winner else None,
+            "verdict": self.verdict(),
+            "registered": self.registered,
+            "report": self.report,
+            "trials": [asdict(trial) for trial in self.trials],
+            "refused": [asdict(entry) for entry in self.refused],
+        }
 
     @property
     def scores(self) -> dict[str, Score]:
@@ -124,8 +141,9 @@ class SweepResult:
             lines += ["", f"{len(self.refused)} combinations were refused before they started"]
             lines += [f"refused {entry.key}: {entry.reason}" for entry in self.refused[:_MOST_REFUSED]]
         lines += [f"failed {trial.run}: {trial.error}" for trial in self.trials if trial.status == "failed"]
-        registered = [self.registered] if self.registered else []
-        return "\n".join(["", *lines, "", self.verdict(), *registered, f"sweep {self.name}", *self.ui])
+        ends = [self.registered] if self.registered else []
+        ends += [f"report: {self.report}"] if self.report else []
+        return "\n".join(["", *lines, "", self.verdict(), *ends, f"sweep {self.name}", *self.ui])
 
     def _sampled(self) -> list[str]:
         rows = [

@@ -149,7 +149,7 @@ def _refuse_another_sweep(config: TuneConfig, name: str, tracker: Tracker) -> No
 
 
 def _params(config: TuneConfig) -> dict[str, Any]:
-    searched = {"schedule", "T", "beta_start", "beta_end", "name", "restore"}
+    searched = {"schedule", "T", "beta_start", "beta_end", "name", "report", "restore"}
     return {key: value for key, value in to_flat(config).items() if key not in searched}
 
 
