@@ -111,6 +111,7 @@ def test_a_sweep_whose_trials_have_all_ended_is_restored_without_ray(tracker: Tr
     assert {file.path for file in tracker.client.list_artifacts(result.run_id)} == {
         "refused.json",
         "sweep.csv",
+        "sweep.html",
         "sweep.txt",
     }
     again = run_sweep(TuneConfig(restore="s"))
