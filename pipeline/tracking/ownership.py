@@ -59,6 +59,8 @@ CREATOR, OWNER, HEARTBEAT, RELEASED = "ddpm.creator", "ddpm.owner", "ddpm.heartb
 _ENDED = "ddpm.ended"
 _DRIVER = "zz.driver."
 """Sorts behind every knob, which MLflow's pages show first."""
+_EARLIER = "ddpm.driver."
+"""Its name in earlier versions, whose runs still have it."""
 
 
 @functools.cache
@@ -119,8 +121,12 @@ class Claim:
 
 def latest_claim(run: "Run") -> Claim | None:
     """The claim with the highest number; number 0 is whoever created the run and has not claimed it yet."""
-    numbers = [int(key.removeprefix(_DRIVER)) for key in run.data.params if key.startswith(_DRIVER)]
-    text = run.data.params[f"{_DRIVER}{max(numbers)}"] if numbers else run.data.tags.get(CREATOR)
+    claims = {
+        int(key.rpartition(".")[2]): text
+        for key, text in run.data.params.items()
+        if key.startswith((_DRIVER, _EARLIER))
+    }
+    text = claims[max(claims)] if claims else run.data.tags.get(CREATOR)
     return Claim(**json.loads(text)) if text else None
 
 
@@ -134,7 +140,7 @@ def holder_of(run: "Run") -> Claim | None:
 
 def without_claims(params: Mapping[str, str]) -> dict[str, str]:
     """The params that are the run's config."""
-    return {key: value for key, value in params.items() if not key.startswith(_DRIVER)}
+    return {key: value for key, value in params.items() if not key.startswith((_DRIVER, _EARLIER))}
 
 
 def try_claim(client: "MlflowClient", run_id: str, wanted: Claim) -> bool:
