@@ -23,7 +23,7 @@ def daemon(settings: Settings, programs: Programs) -> Daemon:
         name="seaweedfs",
         folder=settings.folder,
         command=command,
-        ready=lambda: answers(f"{settings.s3_uri}/healthz"),
+        ready=lambda: answers(f"{settings.s3_uri}/healthz") and _has_bucket(settings),
         seconds=60,
     )
 
@@ -53,6 +53,29 @@ def remove_sockets(settings: Settings) -> None:
         for number in (port, port + 10_000):
             for path in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
                 path.unlink(missing_ok=True)
+
+
+def _has_bucket(settings: Settings) -> bool:
+    """The server answers before it has made the bucket."""
+    # Here, since where packages are missing a line is to say so.
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    mine = settings.environment("writer")
+    client = boto3.client(
+        "s3",
+        endpoint_url=settings.s3_uri,
+        region_name="us-east-1",
+        aws_access_key_id=mine["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=mine["AWS_SECRET_ACCESS_KEY"],
+        config=Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=5),
+    )
+    try:
+        client.head_bucket(Bucket=BUCKET)
+    except (BotoCoreError, ClientError):
+        return False
+    return True
 
 
 def _users(settings: Settings) -> Path:
