@@ -125,6 +125,7 @@ def test_purposes_keep_their_numbers():
         "BOUND_TIMESTEP": 15,
         "BOUND_NOISE": 16,
         "BOUND_IMAGE": 17,
+        "SWEEP_POINT": 21,
         "SHOW_IMAGE": 18,
         "SHOW_NOISE": 19,
         "SHOW_STEP": 20,

@@ -421,7 +421,11 @@ _OUTAGES |= {"MaxRetryError", "NewConnectionError", "ReadTimeout", "ReadTimeoutE
 def _source_tags() -> dict[str, str]:
     """What MLflow's own pages show as source and creator."""
     program = Path(sys.argv[0])
-    tags = {"mlflow.source.name": f"{program.parent.name}/{program.name}".lstrip("/"), "mlflow.source.type": "LOCAL"}
+    # A sweep's trials are processes that Ray started.
+    name = (
+        "jobs/tune.py" if program.name == "default_worker.py" else f"{program.parent.name}/{program.name}".lstrip("/")
+    )
+    tags = {"mlflow.source.name": name, "mlflow.source.type": "LOCAL"}
     with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
         tags["mlflow.user"] = getpass.getuser()
     return tags

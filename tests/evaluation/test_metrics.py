@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config import METRICS
+from pipeline.config import METRICS, EvaluateConfig
 from pipeline.errors import UserError, WorldError
 from pipeline.evaluation import feature_sample, reference
 from pipeline.evaluation.feature_sample import FeatureSample
@@ -19,6 +19,8 @@ from pipeline.evaluation.reference import reference_sample, reference_statistics
 from pipeline.evaluation.statistics import FeatureStatistics, frechet_distance
 
 DIM = 8
+CONFIG = EvaluateConfig(pending=True)
+OF_IMAGES = [metric for metric in METRICS if metric != "bpd"]
 
 
 class Extractor:
@@ -73,7 +75,7 @@ NAMES = {
 @pytest.mark.parametrize("metric", list(NAMES))
 def test_values_come_under_the_metrics_names_the_protocols_first(metric: str):
     extractor: Any = Extractor()
-    found = metric_protocol(metric, protocol(), extractor)
+    found = metric_protocol(metric, protocol(), extractor, CONFIG)
     values = compute(metric, gathered(features(300), features(300, seed=1)), found, extractor)
     assert values.keys() == NAMES[metric]
     assert next(iter(values)) == found.metric
@@ -88,7 +90,7 @@ def test_names_on_other_features_and_of_other_weights_say_so():
         ("prdc", "precision_efficientnet_lite0"),
         ("fd-infinity", "fd_efficientnet_lite0_infinity"),
     ):
-        found = metric_protocol(metric, of_distance, extractor)
+        found = metric_protocol(metric, of_distance, extractor, CONFIG)
         assert found.metric == f"{name}-ema-power-0.080"
         values = compute(metric, gathered(features(300), features(300, seed=1)), found, extractor)
         assert all(key.endswith("-ema-power-0.080") for key in values)
@@ -97,17 +99,17 @@ def test_names_on_other_features_and_of_other_weights_say_so():
 
 def test_each_metric_has_an_identity_of_its_own_and_the_distance_keeps_the_one_it_had():
     extractor: Any = Extractor()
-    protocols = {metric: metric_protocol(metric, protocol(), extractor) for metric in METRICS}
+    protocols = {metric: metric_protocol(metric, protocol(), extractor, CONFIG) for metric in OF_IMAGES}
     assert protocols["fd"].identity == protocol().identity
     assert "settings" not in protocols["fd"].to_record()
-    assert len({entry.identity for entry in protocols.values()}) == len(METRICS)
+    assert len({entry.identity for entry in protocols.values()}) == len(OF_IMAGES)
     assert all(entry.to_record().get("settings") for metric, entry in protocols.items() if metric != "fd")
 
 
 def test_the_interval_holds_the_distance_in_its_middle():
     extractor: Any = Extractor()
     both = gathered(features(300), features(300, seed=1, shift=1))
-    values = compute("fd-interval", both, metric_protocol("fd-interval", protocol(), extractor), extractor)
+    values = compute("fd-interval", both, metric_protocol("fd-interval", protocol(), extractor, CONFIG), extractor)
     middle = (values["fid_low"] + values["fid_high"]) / 2
     assert middle == pytest.approx(frechet_distance(both.generated, both.reference))
     assert values["fid_high"] - values["fid_low"] == pytest.approx(2 * 1.96 * values["fid_stderr"], rel=1e-4)
@@ -120,7 +122,7 @@ def test_worse_images_are_worse_by_every_metric():
     for shift in (0.0, 1.0, 3.0):
         values = {}
         for metric in NAMES:
-            own = metric_protocol(metric, protocol(), extractor)
+            own = metric_protocol(metric, protocol(), extractor, CONFIG)
             values |= compute(metric, gathered(features(300, shift=shift), real), own, extractor)
         found.append(values)
     for name in ("fid", "fid_infinity", "kid", "fid_low"):
@@ -131,7 +133,7 @@ def test_worse_images_are_worse_by_every_metric():
 
 def test_precision_and_recall_count_both_sets_with_one_number():
     extractor: Any = Extractor()
-    own = metric_protocol("prdc", protocol(), extractor)
+    own = metric_protocol("prdc", protocol(), extractor, CONFIG)
     many, few = features(300), features(100, seed=1)
     assert compute("prdc", gathered(many, few), own, extractor) == compute(
         "prdc", gathered(many[:100], few), own, extractor
@@ -141,7 +143,7 @@ def test_precision_and_recall_count_both_sets_with_one_number():
 @pytest.mark.parametrize(("metric", "n"), [("kid", 19), ("prdc", 5), ("fd-infinity", 7)])
 def test_too_few_images_are_refused_by_metric_and_number(metric: str, n: int):
     extractor: Any = Extractor()
-    own = metric_protocol(metric, protocol(), extractor)
+    own = metric_protocol(metric, protocol(), extractor, CONFIG)
     with pytest.raises(WorldError, match=rf"^{own.metric} cannot be computed: .*here are {n}"):
         compute(metric, gathered(features(n), features(300)), own, extractor)
 

@@ -208,7 +208,7 @@ def ray_head(home: str) -> Iterator[dict[str, str]]:
     """A Ray head with a dashboard and token authentication; the environment of its clients."""
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # socket paths are short
     ports = []
-    probes = [socket.socket() for _ in range(2)]
+    probes = [socket.socket() for _ in range(3)]
     for probe in probes:
         probe.bind(("127.0.0.1", 0))
         ports.append(probe.getsockname()[1])
@@ -222,6 +222,8 @@ def ray_head(home: str) -> Iterator[dict[str, str]]:
     ray = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
     start = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={ports[0]}", "--num-cpus=2"]
     start += ["--dashboard-host=127.0.0.1", f"--dashboard-port={ports[1]}", f"--temp-dir={folder}"]
+    # Two clusters on one machine would want the same port for their agents, and one of them would take no jobs.
+    start += [f"--dashboard-agent-listen-port={ports[2]}"]
     start += ["--object-store-memory=200000000", "--disable-usage-stats"]
     with subprocess.Popen(
         [*ray, *start], env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -259,14 +261,20 @@ def test_a_submitted_job_succeeds_and_a_plain_run_sees_its_run(home: str, ray_he
         "--name",
         "submitted",
     ]
-    done = subprocess.run(
-        [*ray, *job],
-        cwd=ROOT,
-        env={**os.environ, **ray_head},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    deadline = time.monotonic() + 90
+    while True:
+        done = subprocess.run(
+            [*ray, *job],
+            cwd=ROOT,
+            env={**os.environ, **ray_head},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        # A node takes no jobs until its agent has registered, some seconds after Ray says that it is up.
+        if "No available agent" not in done.stderr or time.monotonic() > deadline:
+            break
+        time.sleep(1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout + done.stderr
     mlflow = client(home)

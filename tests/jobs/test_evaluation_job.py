@@ -14,7 +14,7 @@ import pytest
 import ray
 from clusters import Cluster, cluster
 from publishing import prepare_digits, publish_run, write_model
-from runner import ROOT, load_job, succeed
+from runner import ROOT, load_job
 
 from pipeline.data.manifest import load_manifest
 from pipeline.data.verify import verify
@@ -263,15 +263,22 @@ def test_a_watch_measures_what_comes_and_an_interrupt_ends_it_cleanly(job: Any) 
 
 
 def test_a_schedule_that_fires_twice_finds_nothing_to_do_the_second_time(nodes: Cluster) -> None:
-    """The command of cron and systemd, as its file has it."""
+    """The entrypoint of cron, systemd and the CronJob."""
     prepare_digits()
     publish_run(Tracker(), "scheduled", 10)
-    cron = (ROOT / "infra" / "schedules" / "evaluate.cron").read_text()
-    words = cron.partition("jobs/evaluate.py ")[2].partition(" 2>&1")[0].split()
-    assert words[0] == "--pending"
-    first = succeed("evaluate", *words, *QUICK, **nodes.environment)
-    assert [entry["run"] for entry in first["evaluated"]] == ["scheduled"]
-    second = succeed("evaluate", *words, *QUICK, RAY_ADDRESS="127.0.0.1:1")  # No cluster is there to be joined.
+
+    def tick(**environment: str) -> dict[str, Any]:
+        lock = {"DDPM_LOCK": str(Path(os.environ["DDPM_HOME"]) / "tick.lock"), "DDPM_PYTHON": sys.executable}
+        done = subprocess.run(
+            ["bash", "infra/schedules/evaluate.sh", *QUICK, "--json"],
+            cwd=ROOT, env={**os.environ, **lock, **environment}, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    assert [entry["run"] for entry in tick(**nodes.environment)["evaluated"]] == ["scheduled"]
+    second = tick(RAY_ADDRESS="127.0.0.1:1")  # No cluster is there to be joined.
     assert (second["evaluated"], second["failed"], second["exit_code"]) == ([], [], 0)
 
 

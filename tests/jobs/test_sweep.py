@@ -144,8 +144,8 @@ def test_a_killed_sweep_is_restored_with_the_same_trials_and_runs_and_none_of_th
         record = before[name]
         assert (trials[name]["value"], trials[name]["seconds"]) == (record.value, record.seconds)
         assert mlflow.get_metric_history(runs[name].info.run_id, "train/loss") == losses[name]
-        assert "ddpm.driver.2" in runs[name].data.params  # one before the rung, one behind it
-        assert "ddpm.driver.3" not in runs[name].data.params
+        assert "zz.driver.2" in runs[name].data.params  # one before the rung, one behind it
+        assert "zz.driver.3" not in runs[name].data.params
     for name, trial in trials.items():
         assert runs[name].info.status == {"finished": "FINISHED", "stopped": "KILLED"}[trial["status"]]
         assert [m.step for m in mlflow.get_metric_history(runs[name].info.run_id, f"{METRIC}/rung")] == [10]
