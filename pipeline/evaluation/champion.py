@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.config import EvaluateConfig
 from pipeline.evaluation.features import FeatureExtractor, extractor_of
+from pipeline.evaluation.frechet import NORMAL_95
 from pipeline.evaluation.metrics import metric_protocol
 from pipeline.evaluation.protocol import Protocol, differences
 from pipeline.evaluation.selection import protocol_of
@@ -17,9 +18,6 @@ from pipeline.tracking import Checkpoint, Tracker
 __all__ = ["Scored", "crown", "is_clearly_better", "registered_name"]
 
 logger = logging.getLogger(__name__)
-
-_NORMAL_95 = 1.959964
-"""Half the width of a normal distribution's 95 % interval, in standard deviations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +77,7 @@ def is_clearly_better(new: Scored, old: Scored, *, margin: float) -> bool:
     """
     if new.standard_error is None or old.standard_error is None:
         return new.value < old.value * (1 - margin)
-    return old.value - new.value > _NORMAL_95 * math.hypot(new.standard_error, old.standard_error)
+    return old.value - new.value > NORMAL_95 * math.hypot(new.standard_error, old.standard_error)
 
 
 def registered_name(config: EvaluateConfig, experiment: str) -> str:

@@ -7,6 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.evaluation.frechet import NORMAL_95
 from pipeline.evaluation.protocol import differences
 from pipeline.tracking import Checkpoint, Tracker
 
@@ -14,8 +15,6 @@ __all__ = ["MORE_IS_BETTER", "Comparison", "Row", "Table", "compare"]
 
 MORE_IS_BETTER = ("precision", "recall", "density", "coverage", "inception_score")
 """Beginnings of the metrics of which more is better; of the others less is."""
-
-_NORMAL_95 = 1.959964
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +41,7 @@ class Table:
         lines = [f"{self.metric} (protocol {self.identity})"]
         width = max(len(_name(row)) for row in self.rows)
         for row in self.rows:
-            error = "" if row.standard_error is None else f" +- {_NORMAL_95 * row.standard_error:.3g}"
+            error = "" if row.standard_error is None else f" +- {NORMAL_95 * row.standard_error:.3g}"
             lines.append(f"  {_name(row):{width}}  {row.value:.4f}{error}{_gap(first, row)}")
         return lines
 
@@ -140,5 +139,5 @@ def _gap(first: Row, row: Row) -> str:
     words = f"  {gap:.3g} behind"
     if first.standard_error is None or row.standard_error is None:
         return words
-    within = gap <= _NORMAL_95 * math.hypot(first.standard_error, row.standard_error)
+    within = gap <= NORMAL_95 * math.hypot(first.standard_error, row.standard_error)
     return f"{words}, {'within' if within else 'beyond'} the error of the difference"

@@ -7,7 +7,10 @@ from torch import Tensor
 
 from pipeline.evaluation.statistics import FeatureStatistics, covariance_root
 
-__all__ = ["LEVELS", "FrechetReference", "frechet_infinity", "frechet_standard_error"]
+__all__ = ["LEVELS", "NORMAL_95", "FrechetReference", "frechet_infinity", "frechet_standard_error"]
+
+NORMAL_95 = 1.959964
+"""Half the width of a normal distribution's 95 % interval, in standard deviations."""
 
 LEVELS = 4
 """Sizes of subsets that the extrapolation looks at: all features, halves, thirds, quarters."""

@@ -14,7 +14,7 @@ from pipeline.errors import UserError, WorldError
 from pipeline.evaluation.bound import bound_protocol
 from pipeline.evaluation.feature_sample import MOST_FEATURES
 from pipeline.evaluation.features import FeatureExtractor, NetworkExtractor
-from pipeline.evaluation.frechet import LEVELS, frechet_infinity, frechet_standard_error
+from pipeline.evaluation.frechet import LEVELS, NORMAL_95, frechet_infinity, frechet_standard_error
 from pipeline.evaluation.inception import NUM_CLASSES, Inception
 from pipeline.evaluation.inception_score import SPLITS, InceptionScore
 from pipeline.evaluation.kernel_distance import block_size, kernel_distance
@@ -26,9 +26,6 @@ __all__ = ["BOUND", "Gathered", "compute", "metric_protocol", "needs_sample", "s
 
 BOUND = "bpd"
 """The metric that is computed from held-out images instead of generated ones."""
-
-_NORMAL_95 = 1.959964
-"""Half the width of a normal distribution's 95 % interval, in standard deviations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +123,7 @@ def _interval(gathered: Gathered) -> tuple[float, ...]:
     assert gathered.sample is not None
     value = frechet_distance(gathered.generated, gathered.reference)
     error = frechet_standard_error(gathered.sample, gathered.generated, gathered.reference)
-    return value, error, max(0.0, value - _NORMAL_95 * error), value + _NORMAL_95 * error
+    return value, error, max(0.0, value - NORMAL_95 * error), value + NORMAL_95 * error
 
 
 def _infinity(gathered: Gathered) -> tuple[float, ...]:
