@@ -101,6 +101,28 @@ def test_what_was_trained_through_http_and_s3_is_evaluated_by_the_schedule_once(
     assert [metric.key for metric in model.metrics if metric.key.startswith("fd_")] == ["fd_efficientnet_lite0"]
 
 
+def test_a_sweep_leaves_its_trials_and_its_table_on_the_servers(setup: SetUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*TINY, "--quality-images", "0", "--num-images", "20", "--chunk-size", "20", "--num-workers", "1"]
+    result = succeed(
+        "tune", *words, "--schedules", "linear", "cosine", "--Ts", "100", "--name", "swept", **setup.writer
+    )
+    assert {trial["status"] for trial in result["trials"]} == {"finished"}
+    client = setup.mlflow(monkeypatch)
+    parent = client.get_run(result["run_id"])
+    assert parent.info.status == "FINISHED"
+    assert parent.info.artifact_uri.startswith("s3://")
+    children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    seen = {(run.info.run_name, run.info.status, run.data.metrics["fd_efficientnet_lite0"]) for run in children}
+    assert seen == {(trial["run"], "FINISHED", trial["value"]) for trial in result["trials"]}
+    for name, value in setup.reader.items():
+        monkeypatch.setenv(name, value)  # the reader's own key fetches the artifact from S3
+    assert all(trial["run"] in mlflow_text(client, parent.info.run_id, "sweep.csv") for trial in result["trials"])
+
+
+def mlflow_text(client: MlflowClient, run_id: str, name: str) -> str:
+    return Path(client.download_artifacts(run_id, name)).read_text()
+
+
 def test_the_reader_may_measure_what_is_stored_but_writes_nothing(
     setup: SetUp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
