@@ -87,7 +87,7 @@ test-fast: lint types ## Without the tests that start real clusters
 BENCH := .venv-bench
 MOSAICML := .venv-mosaicml
 BENCH_PIP := -m pip install --quiet --disable-pip-version-check
-# torchvision, which litdata and torch-fidelity ask for and nothing here uses, would bring another torch.
+# torchvision, which three of them ask for and nothing here uses, fits one build of torch only: without it.
 BENCH_PINNED := $(BENCH_PIP) --constraint constraints.txt
 IMPROVED := $(BENCH)/improved-diffusion
 
@@ -104,8 +104,9 @@ $(BENCH)/installed: pyproject.toml constraints.txt benchmarks/requirements.txt b
 	@$(BENCH)/bin/python $(BENCH_PINNED) --requirement benchmarks/requirements.txt
 	@$(BENCH)/bin/python $(BENCH_PINNED) --no-deps torch-fidelity
 	@$(BENCH)/bin/python -m pip uninstall --quiet --yes torchvision
-	@$(MOSAICML)/bin/python $(BENCH_PIP) $(TORCH_PIP_ARGS) torch==2.13.0 torchvision==0.28.0
+	@$(MOSAICML)/bin/python $(BENCH_PIP) $(TORCH_PIP_ARGS) torch==2.13.0
 	@$(MOSAICML)/bin/python $(BENCH_PIP) --requirement benchmarks/requirements-mosaicml.txt
+	@$(MOSAICML)/bin/python -m pip uninstall --quiet --yes torchvision
 	@test -d $(IMPROVED) || git clone --quiet https://github.com/openai/improved-diffusion $(IMPROVED) || \
 		echo "improved-diffusion could not be cloned: its rows will say so"
 	@touch $@

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from stand_in import stand_in_for_torchvision
 
 __all__ = ["FORMATS", "SIZE", "Corpus", "ensure_format", "make_corpus", "offline_environment"]
 
@@ -147,6 +148,7 @@ def _write_huggingface(corpus: Corpus) -> None:
 
 
 def _write_mds(corpus: Corpus) -> None:
+    stand_in_for_torchvision()
     from streaming import MDSWriter
 
     with MDSWriter(out=str(corpus.mds), columns={"image": "png", "label": "int"}) as writer:

@@ -5,14 +5,11 @@ extractor with the same random weights, and DDIM sampling beside the bare forwar
 Contenders live in one process and take turns, so that what else the machine does meets all alike.
 """
 
-import importlib.machinery
-import importlib.util
 import json
 import math
 import statistics
 import sys
 import time
-import types
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +19,7 @@ import torch
 import tyro
 from networks import NETWORKS, OURS
 from report import machine, markdown, spread, version_of
+from stand_in import stand_in_for_torchvision
 from torch import Tensor
 
 from pipeline.diffusion.noise_schedule import make_schedule
@@ -213,7 +211,7 @@ def _features(arguments: Arguments) -> Table:
 def _torch_fidelity() -> tuple[Any, str | None]:
     """Its extractor with random weights; None and the reason if it is not there."""
     try:
-        _stand_in_for_torchvision()
+        stand_in_for_torchvision()
         from torch_fidelity import feature_extractor_inceptionv3 as module
     except ImportError as error:
         return None, str(error)
@@ -227,21 +225,6 @@ def _torch_fidelity() -> tuple[Any, str | None]:
 
     module.load_state_dict_from_url = lambda *_args, **_kwargs: {}
     return RandomInception("random", ["2048"]), None
-
-
-def _stand_in_for_torchvision() -> None:
-    """torch-fidelity imports it for data sets that are not used here."""
-    if importlib.util.find_spec("torchvision") is not None:
-        return
-    for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.datasets"):
-        module = types.ModuleType(name)
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        module.__path__ = []
-        sys.modules[name] = module
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], child, module)
-    sys.modules["torchvision.datasets"].__dict__.update(CIFAR10=object, CIFAR100=object, STL10=object)
 
 
 def _sampling(arguments: Arguments) -> Table:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from corpus import SIZE, Corpus
 from PIL import Image
+from stand_in import stand_in_for_torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -141,6 +142,7 @@ def open_huggingface(corpus: Corpus, processes: int) -> Open:
 
 
 def open_mosaicml(corpus: Corpus, processes: int) -> Open:
+    stand_in_for_torchvision()
     import streaming
 
     class Images(streaming.StreamingDataset):  # type: ignore[misc]
