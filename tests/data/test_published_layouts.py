@@ -68,6 +68,15 @@ def imagenet64() -> None:
             add(archive, f"train_64x64/{number:07d}.png", image((64, 64), "PNG", number))
 
 
+def imagenet64_with_labels() -> None:
+    Path("Imagenet64_train").mkdir()
+    random = np.random.default_rng(0)
+    for number in range(1, 3):
+        data = random.integers(0, 256, (3, 3 * 64 * 64), dtype=np.uint8)
+        batch = {"data": data, "labels": np.array([1000, number, 1]), "mean": data.mean(axis=0)}
+        np.savez(f"Imagenet64_train/train_data_batch_{number}.npz", **batch)
+
+
 def hugging_face() -> None:
     Path("data").mkdir()
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -85,6 +94,7 @@ LAYOUTS: dict[str, tuple[Callable[[], None], int, int, int]] = {
     "celebahq256": (celeba_hq, 5, 256, 0),
     "lsun256": (lsun, 4, 256, 0),
     "imagenet64": (imagenet64, 6, 64, 0),
+    "imagenet64-labels": (imagenet64_with_labels, 6, 64, 1000),
     "NAME": (hugging_face, 6, 64, 2),
 }
 """By the name that the command gives: how to make the files, number of images, size and classes that must come out."""

@@ -65,13 +65,20 @@ class ArrayHeader:
         return np.ascontiguousarray(array[..., 0] if self.channels == 1 and array.ndim == 3 else array)
 
 
-def read_npy_header(file: IO[bytes], location: str) -> ArrayHeader:
+def read_npy_header(file: IO[bytes], location: str, *, as_planes: bool = False) -> ArrayHeader:
     """The header of an npy file, which stands at its first byte and is left at its first image.
+
+    Args:
+        file: The npy file.
+        location: What to call it in errors.
+        as_planes: Takes [N, 3 S S] for [N, 3, S, S].
 
     Raises:
         UserError: No npy file, or an array that is not images.
     """
     shape, fortran_order, dtype, num_bytes = parse_npy_header(file, location)
+    if as_planes and len(shape) == 2 and (side := math.isqrt(shape[1] // 3)) ** 2 * 3 == shape[1]:
+        shape = (shape[0], 3, side, side)
     header = ArrayHeader(shape=shape, offset=num_bytes)
     if dtype != np.uint8 or fortran_order or len(shape) not in (3, 4) or (len(shape) == 4 and not _has_channels(shape)):
         order = " in Fortran order" if fortran_order else ""

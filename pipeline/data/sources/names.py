@@ -7,12 +7,35 @@ from pipeline import storage
 from pipeline.data.sources.pixels import IMAGE_EXTENSIONS
 from pipeline.errors import UserError
 
-__all__ = ["absolute", "class_names", "class_of", "is_image"]
+__all__ = ["absolute", "class_names", "class_of", "expand_files", "is_image"]
 
 
 def absolute(path: str) -> str:
     """Makes a source's path absolute: a relative one lies in the working directory; an ``s3://`` URI stays."""
     return path.rstrip("/") if storage.is_remote(path) else str(Path(path).expanduser().absolute())
+
+
+def expand_files(location: str, spec: str, extension: str) -> list[str]:
+    """The files at an absolute location: one, those that a pattern stands for, or those of a folder, sorted.
+
+    Args:
+        location: A file, a folder or a pattern.
+        spec: What to call it in errors.
+        extension: Of the files to take from a folder, with its dot.
+
+    Raises:
+        UserError: There are none.
+    """
+    if storage.exists(location):
+        locations = [location]
+    elif any(character in location for character in "*?[{"):
+        locations = storage.expand(location)
+    else:
+        locations = sorted(entry.location for entry in storage.list_entries(location))
+        locations = [each for each in locations if each.endswith(extension)]
+    if not locations:
+        raise UserError(f"{spec}: no files at {location}; give a {extension} file, a folder or a pattern")
+    return locations
 
 
 def is_image(file: str) -> bool:

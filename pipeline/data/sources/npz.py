@@ -31,8 +31,13 @@ class NpzImages:
     labels: tuple[int, ...]
 
 
-def open_npz(location: str) -> NpzImages:
+def open_npz(location: str, *, names: tuple[str, ...] = _IMAGES, as_planes: bool = False) -> NpzImages:
     """Finds the images and the labels and reads the labels.
+
+    Args:
+        location: The file.
+        names: What the array of images may be called.
+        as_planes: Rows of planes are images, too: see ``read_npy_header``.
 
     Raises:
         UserError: No such file, no npz, no array of a known name, or arrays that do not fit.
@@ -40,11 +45,11 @@ def open_npz(location: str) -> NpzImages:
     with open_container(location) as file:
         with zipfile.ZipFile(file) as archive:
             members = {info.filename: info for info in archive.infolist()}
-            images = _choose(members, _IMAGES)
+            images = _choose(members, names)
             if images is None:
                 found = ", ".join(sorted(members)) or "nothing"
-                raise UserError(f"{location} holds {found}; images must be in one of: {', '.join(_IMAGES)}")
-            header = _image_header(archive, members[images], location)
+                raise UserError(f"{location} holds {found}; images must be in one of: {', '.join(names)}")
+            header = _image_header(archive, members[images], location, as_planes)
             labels_member = _choose(members, _LABELS)
             labels = () if labels_member is None else _labels(archive, labels_member, location, len(header))
         is_compressed = members[images].compress_type != zipfile.ZIP_STORED
@@ -54,10 +59,10 @@ def open_npz(location: str) -> NpzImages:
     return NpzImages(member=images, header=header, is_compressed=is_compressed, labels=labels)
 
 
-def stream_rows(location: str, member: str) -> Iterator[bytes]:
+def stream_rows(location: str, member: str, *, as_planes: bool = False) -> Iterator[bytes]:
     """The bytes of all images, one after the other."""
     with open_container(location) as file, zipfile.ZipFile(file) as archive, archive.open(member) as array:
-        header = read_npy_header(array, location)
+        header = read_npy_header(array, location, as_planes=as_planes)
         for _ in range(len(header)):
             yield array.read(header.row_bytes)
 
@@ -66,10 +71,10 @@ def _choose(members: dict[str, zipfile.ZipInfo], names: tuple[str, ...]) -> str 
     return next((f"{name}.npy" for name in names if f"{name}.npy" in members), None)
 
 
-def _image_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, location: str) -> ArrayHeader:
+def _image_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, location: str, as_planes: bool) -> ArrayHeader:
     _refuse_rare(info, location)
     with archive.open(info) as array:
-        header = read_npy_header(array, f"{info.filename} in {location}")
+        header = read_npy_header(array, f"{info.filename} in {location}", as_planes=as_planes)
     if header.offset + len(header) * header.row_bytes != info.file_size:
         raise UserError(f"{info.filename} in {location} is damaged (it is not as long as it says); save it again")
     return header

@@ -11,6 +11,7 @@ from pipeline.data.sources.base import Source
 from pipeline.data.sources.cifar10 import open_cifar10
 from pipeline.data.sources.digits import DigitsSource
 from pipeline.data.sources.folder import open_folder
+from pipeline.data.sources.imagenet import open_imagenet
 from pipeline.errors import UserError
 
 __all__ = ["SOURCE_SPECS", "open_source"]
@@ -24,6 +25,7 @@ SOURCE_SPECS = (
     "parquet:PATTERN",
     "npy:PATH",
     "npz:PATH",
+    "imagenet:PATTERN",
     "webdataset:PATTERN",
 )
 
@@ -73,4 +75,5 @@ _OPENERS: dict[str, Callable[..., Source]] = {
     "parquet": _open_parquet,
     "npy": open_npy,
     "npz": open_npz_source,
+    "imagenet": open_imagenet,
 }

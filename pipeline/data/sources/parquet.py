@@ -11,12 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import storage
 from pipeline.data.manifest import Fit
 from pipeline.data.sources.base import FittedSource, Sample
 from pipeline.data.sources.files import identity, open_container
 from pipeline.data.sources.labels import checked_labels, number_names
-from pipeline.data.sources.names import absolute
+from pipeline.data.sources.names import absolute, expand_files
 from pipeline.data.sources.parquet_columns import Columns, find_columns
 from pipeline.errors import UserError
 
@@ -101,7 +100,7 @@ def open_parquet(pattern: str, *, image_size: int | None, image_channels: int | 
     if image_size is None:
         raise UserError(f"parquet:{pattern} needs a size to resize its images to; give --image-size, for example 32")
     location = absolute(pattern)
-    locations = _expand(location, pattern)
+    locations = expand_files(location, f"parquet:{pattern}", ".parquet")
     groups: list[RowGroup] = []
     num_images = 0
     columns = None
@@ -130,19 +129,6 @@ def open_parquet(pattern: str, *, image_size: int | None, image_channels: int | 
         image_channels=image_channels or 3,
         crop=crop,
     )
-
-
-def _expand(location: str, pattern: str) -> list[str]:
-    if storage.exists(location):
-        locations = [location]
-    elif any(character in location for character in "*?[{"):
-        locations = storage.expand(location)
-    else:
-        locations = sorted(entry.location for entry in storage.list_entries(location))
-        locations = [each for each in locations if each.endswith(".parquet")]
-    if not locations:
-        raise UserError(f"parquet:{pattern}: no files at {location}; give a .parquet file, a folder or a pattern")
-    return locations
 
 
 def _class_names(locations: list[str], columns: Columns) -> tuple[str, ...]:
