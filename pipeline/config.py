@@ -391,7 +391,7 @@ class PrepareConfig:
     """Turns a collection of images into a data set of shards."""
 
     source: str = "digits"
-    """digits, or KIND:PATH with KIND folder cifar10 cifar10-test archive parquet npy npz webdataset; PATH may be s3://."""
+    """digits, or KIND:PATH: folder archive cifar10 cifar10-test parquet npy npz imagenet webdataset; PATH also s3://."""
     data: str | None = None
     """Data set to write: a path, s3:// URI, or a name under $DDPM_HOME/data. Default: the source's name."""
     image_size: int | None = None
