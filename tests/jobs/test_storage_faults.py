@@ -48,6 +48,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_same_command_finishes_it
     home = {"DDPM_HOME": str(small_disk), "MLFLOW_TRACKING_URI": database}
     # A checkpoint of TINY takes about 0.9 MB: two are kept, a third is written before the first is deleted.
     words = [*TINY, "--steps", "40", "--data", str(data), "--name", "full", "--keep-checkpoints", "2"]
+    words += ["--max-failures", "1"]
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(1_000_000))
     done = run_job("train", *words, **home)
