@@ -5,7 +5,9 @@ in one process.
 """
 
 import contextlib
+import gc
 import json
+import re
 import statistics
 import sys
 import time
@@ -21,8 +23,21 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 _SIZE = 32
-# Dense bfloat16 products, FLOP/s, from the vendor's data sheets; TF32 is half of it on these chips.
-_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12, "4090": 165e12}
+# Dense bfloat16 products, FLOP/s, from the vendor's data sheets; TF32 is half of it on these chips. The first that is
+# found in the device's name counts.
+_PEAK = {
+    r"H200": 989e12,
+    r"H100 PCIe": 756e12,
+    r"H100 NVL": 835e12,
+    r"H100": 989e12,
+    r"A100": 312e12,
+    r"L40S": 362e12,
+    r"L40\b": 181e12,
+    r"L4\b": 121e12,
+    r"A10G": 70e12,
+    r"A10\b": 125e12,
+    r"4090\b": 165e12,
+}
 _PRECISIONS = ("tf32", "bf16", "bf16+compile")
 
 
@@ -39,7 +54,7 @@ class Arguments:
     repeats: int = 20
     """Steps of each contender that count, in rounds, after the warm-up."""
     warmup: int = 5
-    """Steps of each contender before."""
+    """Steps of each contender before, alone."""
     device: str = "cuda"
     """cpu tries the script out where there is no GPU; its numbers say nothing."""
     improved_diffusion: Path | None = None
@@ -89,34 +104,58 @@ def _measure(precision: str, batch: int, arguments: Arguments) -> list[Result]:
     names = [name for name in arguments.networks if name == OURS or precision != "bf16+compile"]
     results = [Result(name, batch, precision) for name in names]
     steps = {result.name: _prepare(result, arguments) for result in results}
-    for number in range(arguments.warmup + arguments.repeats):
+    for number in range(arguments.repeats):
         turn = number % len(results)
         for result in results[turn:] + results[:turn]:
-            if (step := steps[result.name]) is None or result.failed:
+            if (step := steps[result.name]) is None:
                 continue
             try:
                 started = time.perf_counter()
                 step()
-                if number >= arguments.warmup:
-                    result.step_seconds.append(time.perf_counter() - started)
+                result.step_seconds.append(time.perf_counter() - started)
             except torch.OutOfMemoryError:
-                result.failed = "out of memory"
-                steps[result.name] = None
+                result.failed, steps[result.name] = "out of memory beside the others", None
+    steps.clear()
+    _free_memory(arguments.device)
     return results
 
 
 def _prepare(result: Result, arguments: Arguments) -> Callable[[], None] | None:
-    contender = NETWORKS[result.name]
-    device = torch.device(arguments.device)
+    """A contender's step, warmed up; None if it cannot take part. What it alone needs of memory is noted."""
+    before = torch.cuda.memory_allocated() if arguments.device == "cuda" else 0
     try:
-        network, call = contender.build(arguments.improved_diffusion)
+        step = _step(result, arguments)
+        for _ in range(arguments.warmup):
+            step()
+        if arguments.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            result.peak_bytes = torch.cuda.max_memory_allocated() - before
+        return step
     except ImportError as error:
         result.failed = f"not installed: {error}"
-        return None
+    except torch.OutOfMemoryError:
+        result.failed = "out of memory"
+    _free_memory(arguments.device)
+    return None
+
+
+def _free_memory(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _step(result: Result, arguments: Arguments) -> Callable[[], None]:
+    contender = NETWORKS[result.name]
+    device = torch.device(arguments.device)
+    network, call = contender.build(arguments.improved_diffusion)
     layout = torch.channels_last if contender.channels_last else torch.contiguous_format
     network.to(device=device, memory_format=layout).train()  # type: ignore[call-overload]
     if result.precision == "bf16+compile":
-        network.compile()
+        # Another batch size is another network to the compiler; else it would compile one for all of them.
+        torch._dynamo.reset()
+        network.compile(dynamic=False)
     optimizer = make_adam(contender, network)
     shape = (result.batch, 3, _SIZE, _SIZE)
     x_t, eps = (torch.randn(shape, device=device).to(memory_format=layout) for _ in range(2))
@@ -136,7 +175,6 @@ def _prepare(result: Result, arguments: Arguments) -> Callable[[], None] | None:
         optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-            result.peak_bytes = torch.cuda.max_memory_allocated()
 
     return step
 
@@ -180,7 +218,7 @@ def _peak(precision: str) -> float | None:
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    dense = next((peak for chip, peak in _PEAK.items() if chip in name), None)
+    dense = next((peak for chip, peak in _PEAK.items() if re.search(chip, name)), None)
     return dense and (dense / 2 if precision == "tf32" else dense)
 
 

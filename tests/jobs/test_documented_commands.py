@@ -45,6 +45,7 @@ MINE = (
 BEFORE: dict[str, tuple[str, ...]] = {
     "README.md": (*DIGITS, CIFAR),
     "Makefile": DIGITS,
+    "docs/concepts.md": DIGITS[:1],
     "docs/design.md": DIGITS[:1],
     "docs/evaluation.md": (*DIGITS, "train --preset digits --name second", "evaluate --run second --last"),
     "docs/howto.md": (*DIGITS, "evaluate --run first", CIFAR, *MINE),
