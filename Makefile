@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-# Where torch comes from. On Linux the public index serves CUDA builds; for a smaller CPU build point pip at the CPU
-# index of PyTorch: make install TORCH_PIP_ARGS="-i URL"
+# Where torch comes from. On Linux the public index serves CUDA builds; for a smaller CPU build give pip the CPU index
+# of PyTorch too, since it need not have what else is pinned: make install TORCH_PIP_ARGS="--extra-index-url URL"
 TORCH_PIP_ARGS ?=
 # Further flags of the job that a target starts: make train ARGS="--steps 2000"
 ARGS ?=
@@ -59,11 +59,12 @@ services-down: ## End them; data stays
 
 # VARIANT=cpu is several GB smaller.
 VARIANT ?= cuda
+ENGINE ?= docker
 IMAGE ?= ddpm-ray:0.1.0
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-image: ## Build the container image (VARIANT=cuda or cpu, IMAGE=NAME:TAG)
-	@docker build --file infra/image/Dockerfile --build-arg DDPM_GIT_COMMIT=$$(git rev-parse HEAD) \
-		$(if $(filter cpu,$(VARIANT)),--build-arg TORCH_PIP_ARGS="-i $(CPU_INDEX)") --tag $(IMAGE) .
+image: ## Build the container image (VARIANT=cuda or cpu, IMAGE=NAME:TAG, ENGINE=docker, podman or buildah)
+	@$(ENGINE) build --file infra/image/Dockerfile --build-arg DDPM_GIT_COMMIT=$$(git rev-parse HEAD) \
+		$(if $(filter cpu,$(VARIANT)),--build-arg TORCH_PIP_ARGS="--extra-index-url $(CPU_INDEX)") --tag $(IMAGE) .
 
 lint: install-dev ## Check style
 	@$(BIN)/ruff check .

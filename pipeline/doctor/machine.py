@@ -52,9 +52,17 @@ def disk(place: Path) -> Finding:
     return ok("disk", text)
 
 
-def packages(constraints: Path = Path(__file__).parents[2] / "constraints.txt") -> list[Finding]:
-    """The installed versions of what the project names itself, beside the pinned ones."""
-    if not constraints.exists():
+def packages(constraints: Path | None = None) -> list[Finding]:
+    """The installed versions of what the project names itself, beside the pinned ones.
+
+    Args:
+        constraints: The pinned versions; left out, the file above this package, or above the job that runs: in the
+            container image the package is installed and the jobs are not.
+    """
+    if constraints is None:
+        places = [Path(__file__).parents[2], *Path(sys.argv[0]).resolve().parents[1:2]]
+        constraints = next((path for place in places if (path := place / "constraints.txt").exists()), None)
+    if constraints is None or not constraints.exists():
         return [ok("versions", f"Python {sys.version.split()[0]}; no constraints.txt here to compare with")]
     pinned = dict(
         line.split("==", 1) for line in constraints.read_text().splitlines() if re.match(r"[A-Za-z0-9_.-]+==", line)

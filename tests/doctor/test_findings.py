@@ -1,6 +1,7 @@
 """What the doctor finds on this machine, in words that a person can act on and that hold no secret."""
 
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,6 +55,15 @@ def test_packages_that_are_not_as_pinned_or_missing_are_named(tmp_path: Path) ->
     assert "numpy" in finding.text
     assert "(0.1)" in finding.text
     assert machine.packages(tmp_path / "nothing")[0].state == "ok"
+
+
+def test_packages_of_an_installed_package_are_compared_with_the_file_above_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "constraints.txt").write_text("numpy==0.1\n")
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "site-packages" / "pipeline" / "doctor" / "machine.py"))
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "jobs" / "doctor.py")])
+    assert "(0.1)" in machine.packages()[0].text
 
 
 def test_this_environment_is_as_pinned() -> None:

@@ -152,9 +152,32 @@ def test_mlflow_starts_no_job_runners() -> None:
 
 
 def test_the_server_has_the_clients_version_and_is_not_root() -> None:
-    dockerfile = (COMPOSE / SERVICES["mlflow"]["build"]["dockerfile"]).read_text()
-    assert f"mlflow=={metadata.version('mlflow')} " in dockerfile
+    build = SERVICES["mlflow"]["build"]
+    dockerfile = (COMPOSE / build["context"] / build["dockerfile"]).read_text()
+    assert "--constraint /tmp/constraints.txt mlflow " in dockerfile
+    constraints = (COMPOSE / build["context"] / "constraints.txt").read_text().split()
+    assert f"mlflow=={metadata.version('mlflow')}" in constraints
     assert re.findall(r"^USER (\S+)", dockerfile, re.MULTILINE)[-1] not in ("root", "0")
+
+
+def test_the_build_sees_the_constraints_and_no_secret() -> None:
+    builds = [service["build"] for service in SERVICES.values() if "build" in service]
+    assert len(builds) == 2
+    for build in builds:
+        ignore = COMPOSE / build["context"] / f"{build['dockerfile']}.dockerignore"
+        lines = [line for line in ignore.read_text().splitlines() if not line.startswith("#")]
+        assert lines == ["*", "!constraints.txt"]
+
+
+def test_jobs_ask_the_server_for_artifacts_and_not_a_store_whose_name_only_it_knows() -> None:
+    """MLflow would hand out addresses of ``seaweedfs``, which the machine outside the containers cannot find."""
+    from mlflow.environment_variables import MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD
+
+    import pipeline.tracking.store  # noqa: F401
+
+    assert "//seaweedfs:" in SERVICES["mlflow"]["environment"]["MLFLOW_S3_ENDPOINT_URL"]
+    assert MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD.is_set()
+    assert MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD.get() is False
 
 
 def services_settings() -> ModuleType:

@@ -34,15 +34,33 @@ def test_it_ends_as_a_user_that_kubernetes_can_see_is_not_root() -> None:
 
 
 def test_its_base_is_pinned_and_can_be_replaced() -> None:
-    assert instructions("FROM") == ["${BASE} AS build", "${BASE}"], "what builds is left behind"
+    assert instructions("FROM") == ["${BASE} AS build", "build AS code", "${BASE}"], "what builds is left behind"
     (base,) = (argument.partition("=")[2] for argument in instructions("ARG") if argument.startswith("BASE="))
     assert re.search(r":\d+\.\d+\.\d+", base)
 
 
 def test_it_installs_pinned_versions_only() -> None:
     installs = [part for line in instructions("RUN") for part in line.split("&&") if "pip install" in part]
-    assert len(installs) == 2
-    assert all("--constraint constraints.txt" in install for install in installs)
+    assert len(installs) == 3
+    assert ["--constraint constraints.txt" in install or "--no-deps" in install for install in installs] == [True] * 3
+
+
+def test_a_change_of_the_code_leaves_the_layer_of_packages_as_it_is() -> None:
+    stages = re.split(r"^FROM .*$", TEXT, flags=re.MULTILINE)
+    packages, code = stages[1:3]
+    assert "--requirement requirements.txt" in packages
+    assert "COPY pipeline" in code
+    assert not re.search(r"^COPY (pipeline|jobs|README)", packages, re.MULTILINE)
+    assert TEXT.index("COPY --from=build /opt/venv") < TEXT.index("COPY --from=code /build/wheels")
+
+
+def test_ray_mounts_files_into_the_home_of_its_user() -> None:
+    from ray.autoscaler._private.docker import docker_start_cmds
+
+    (home,) = (word.removeprefix("HOME=") for line in instructions("ENV") for word in line.split() if "HOME=" in word)
+    mounts = {"~/.mlflow": "/here/.mlflow"}
+    command = docker_start_cmds("ubuntu", "image", mounts, "ddpm_ray", [], "ddpm", home, "docker")
+    assert ":/home/ray/.mlflow " in command
 
 
 def test_it_copies_files_that_exist_and_that_the_build_can_see() -> None:
@@ -81,12 +99,15 @@ def test_hadolint_finds_nothing(name: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize("engine", ["docker", "podman"])
 @pytest.mark.parametrize("variant", ["cpu", "cuda"])
-def test_make_image_builds_both_variants_with_arguments_that_the_file_has(variant: str) -> None:
+def test_make_image_builds_both_variants_with_arguments_that_the_file_has(variant: str, engine: str) -> None:
     command = ["make", "--dry-run", "--no-print-directory", "image", f"VARIANT={variant}"]
+    command += [f"ENGINE={engine}"] if engine != "docker" else []
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     words = shlex.split(done.stdout.replace("\\\n", " "))
     given = {word.partition("=")[0] for before, word in itertools.pairwise(words) if before == "--build-arg"}
-    assert words[:2] == ["docker", "build"]
+    assert words[:2] == [engine, "build"]
     assert given <= {argument.partition("=")[0] for argument in instructions("ARG")}
     assert ("TORCH_PIP_ARGS" in given) == (variant == "cpu")
+    assert " -i " not in done.stdout, "an index of torch alone does not have what else is pinned"
