@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import time
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -184,7 +185,7 @@ def test_the_commands_of_a_page_do_what_they_say(
         job, *words = shlex.split(line)
         reader.follow(job, words)
     for command in (command for command in ALL_COMMANDS if page_of(command) == page):
-        print(command, shlex.join(command.words))
+        print(f"{time.monotonic():.0f} {command} {shlex.join(command.words)}", flush=True)
         reader.follow(command.job, command.flags)
     home = Path(os.environ["DDPM_HOME"])
     if page == "docs/tutorial.md":
