@@ -1,5 +1,6 @@
 """What no schema says of the Kubernetes objects: the operator's own rules, what objects know of each other, safety."""
 
+import dataclasses
 import json
 import os
 import re
@@ -102,11 +103,12 @@ def test_ray_pods_request_what_they_are_limited_to(name: str) -> None:
             assert resources["requests"] == resources["limits"], "Ray sizes a node by limits"
 
 
-def test_the_standing_cluster_scales_from_no_gpu_with_autoscaler_v2() -> None:
-    spec = CLUSTER["spec"]
+@pytest.mark.parametrize("kind", ["RayCluster", "RayCronJob"])
+def test_clusters_for_evaluations_scale_from_no_gpu_with_autoscaler_v2(kind: str) -> None:
+    spec = SPECS[kind]
     assert spec["enableInTreeAutoscaling"] is True
     assert spec["autoscalerOptions"]["version"] == "v2"
-    assert [group["minReplicas"] for group in spec["workerGroupSpecs"]] == [0]
+    assert [(group["replicas"], group["minReplicas"]) for group in spec["workerGroupSpecs"]] == [(0, 0)]
     assert spec["headGroupSpec"]["template"]["spec"].get("automountServiceAccountToken", True), (
         "the autoscaler needs it"
     )
@@ -152,15 +154,18 @@ def test_the_evaluation_fits_into_the_standing_cluster() -> None:
     assert workers.num_workers * workers.cpus_per_worker <= capacity(SPECS["RayCluster"], "cpu")
 
 
-def test_a_tick_is_submitted_under_its_own_name_and_waits_for_the_end() -> None:
+def test_a_tick_is_submitted_under_its_own_name_and_has_time_to_stop_its_job() -> None:
     options, _ = submitted()
     environment = {entry["name"]: entry for entry in SUBMIT["env"]}
     field = environment["DDPM_TICK"]["valueFrom"]["fieldRef"]["fieldPath"]
     assert options["submission_id"] == "x", "what DDPM_TICK is"
     assert field == "metadata.labels['batch.kubernetes.io/job-name']"
-    assert options["no_wait"] is False, "Forbid holds only while the pod lives"
+    assert options["no_wait"] is True, "the entrypoint follows the job itself, so that it can stop it"
     assert options["entrypoint_num_cpus"] is None
     assert options["entrypoint_num_gpus"] is None
+    job = CRON["spec"]["jobTemplate"]["spec"]
+    assert job["template"]["spec"]["terminationGracePeriodSeconds"] >= 60
+    assert parsed(submitted()[1])[1].max_minutes * 60 < job["activeDeadlineSeconds"]
 
 
 def test_ticks_never_overlap_and_never_pile_up() -> None:
@@ -194,7 +199,7 @@ def test_no_pod_runs_as_root_or_gains_privileges(name: str) -> None:
 @pytest.mark.parametrize("name", pod_templates())
 def test_only_the_pod_with_the_autoscaler_gets_access_to_the_api_server(name: str) -> None:
     mounts = pod_templates()[name]["spec"].get("automountServiceAccountToken", True)
-    assert mounts is (name == "raycluster-head")
+    assert mounts is (name in ("raycluster-head", "raycronjob-head"))
 
 
 @pytest.mark.parametrize("name", sorted(set(pod_templates()) - {"rayjob-submitter"}))
@@ -266,8 +271,51 @@ def test_the_scheduled_cluster_is_understood_fits_and_goes_by_itself() -> None:
     assert config.cluster.num_workers == capacity(SPECS["RayCronJob"], "nvidia.com/gpu")
     assert spec["submissionMode"] == "HTTPMode", "the schema takes any word"
     assert "shutdownAfterJobFinishes" not in spec, "it excludes deletion rules"
-    policies = {(rule["policy"], rule["condition"]["jobStatus"]) for rule in spec["deletionStrategy"]["deletionRules"]}
-    assert {("DeleteSelf", "SUCCEEDED"), ("DeleteSelf", "FAILED")} <= policies, "nobody else limits their number"
+    assert config.max_minutes * 60 < spec["activeDeadlineSeconds"]
+
+
+def test_the_scheduled_cluster_measures_by_the_protocol_of_the_standing_one() -> None:
+    here, there = (parsed(command)[1] for command in (TICKS["spec"]["jobTemplate"]["entrypoint"], submitted()[1]))
+    weights = here.protocol.inception_weights
+    assert weights.startswith("$DDPM_HOME/"), "Ray runs the entrypoint in a shell; $(NAME) is Kubernetes' form"
+    assert dataclasses.replace(here.protocol, inception_weights="") == dataclasses.replace(
+        there.protocol, inception_weights=""
+    )
+    assert weights.rpartition("/")[2] == there.protocol.inception_weights.rpartition("/")[2]
+
+
+ENDS = {
+    "success": ("SUCCEEDED", "Complete"),
+    "the command failed": ("FAILED", "Failed"),
+    "preRunningDeadlineSeconds": ("", "Failed"),
+    "activeDeadlineSeconds": ("RUNNING", "Failed"),
+    "the dashboard did not answer": ("PENDING", "Failed"),
+}
+"""jobStatus and jobDeploymentStatus in which the operator leaves a RayJob. (STOPPED, Complete) is one more: the schema
+has no word for it."""
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_whatever_ends_a_scheduled_cluster_its_pods_go_soon_and_its_record_later(end: str) -> None:
+    job, deployment = ENDS[end]
+    seconds: dict[str, int] = {}
+    for rule in TICKS["spec"]["jobTemplate"]["deletionStrategy"]["deletionRules"]:
+        condition = rule["condition"]
+        if condition.get("jobStatus") == job or condition.get("jobDeploymentStatus") == deployment:
+            seconds[rule["policy"]] = condition["ttlSeconds"]
+    assert min(seconds.values()) <= 600, "pods"
+    assert seconds["DeleteSelf"] <= 86400, "nobody else limits the number of RayJobs"
+
+
+def test_the_deletion_rules_are_those_that_the_operator_accepts() -> None:
+    found: dict[tuple[str, str], int] = {}
+    for rule in TICKS["spec"]["jobTemplate"]["deletionStrategy"]["deletionRules"]:
+        (condition,) = (f"{key} {value}" for key, value in rule["condition"].items() if key != "ttlSeconds")
+        assert (condition, rule["policy"]) not in found, "one rule for each state and policy"
+        found[condition, rule["policy"]] = rule["condition"]["ttlSeconds"]
+        assert rule["policy"] != "DeleteWorkers", "not with the autoscaler"
+    for (condition, policy), seconds in found.items():
+        assert policy != "DeleteCluster" or seconds <= found.get((condition, "DeleteSelf"), seconds)
 
 
 def test_the_dashboard_and_the_alerts_use_gauges_that_exist_and_each_alert_is_explained() -> None:
