@@ -1,13 +1,17 @@
 """What no schema says of the Kubernetes objects: the operator's own rules, what objects know of each other, safety."""
 
+import copy
 import dataclasses
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import ray
 import yaml
@@ -238,9 +242,8 @@ def test_outside_the_cluster_only_submitters_and_the_operator_reach_the_dashboar
 def test_ray_pods_reach_what_they_need_and_not_the_credentials_of_their_node() -> None:
     policy = network_policy("ray-nodes")
     assert "Egress" in policy["policyTypes"]
-    inside, dns, mlflow, outside = policy["egress"]
+    inside, mlflow, outside = policy["egress"]
     assert inside == {"to": [{"podSelector": {"matchLabels": {"ray.io/is-ray-node": "yes"}}}]}
-    assert {port["port"] for port in dns["ports"]} == {53}
     assert manifest("ConfigMap")["data"]["MLFLOW_TRACKING_URI"].endswith(f".mlflow:{mlflow['ports'][0]['port']}")
     assert outside["to"] == [{"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.169.254/32"]}}]
     assert [port["port"] for port in outside["ports"]] == [443, 6443]
@@ -249,10 +252,48 @@ def test_ray_pods_reach_what_they_need_and_not_the_credentials_of_their_node() -
 def test_pods_that_submit_jobs_reach_the_dashboard_and_nothing_else() -> None:
     policy = network_policy("job-submitters")
     assert "ingress" not in policy
-    dashboard, dns = policy["egress"]
+    (dashboard,) = policy["egress"]
     assert dashboard["to"] == [{"podSelector": {"matchLabels": {"ray.io/is-ray-node": "yes"}}}]
     assert [port["port"] for port in dashboard["ports"]] == [8265]
-    assert {port["port"] for port in dns["ports"]} == {53}
+
+
+def test_a_pod_that_lost_its_labels_reaches_dns_and_nothing_else() -> None:
+    policy = network_policy("default-deny")
+    assert policy["podSelector"] == {}, "every pod of the namespace"
+    assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
+    assert "ingress" not in policy
+    (dns,) = policy["egress"]
+    assert dns["to"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}}]
+    assert [(port["port"], port["protocol"]) for port in dns["ports"]] == [(53, "UDP"), (53, "TCP")]
+
+
+def test_the_dns_rules_in_the_comment_are_rules() -> None:
+    text = (KUBERAY / "network-policy.yaml").read_text()
+    lines = re.findall(r"^    # ((?:- to:|  ports:).*)$", text, re.MULTILINE)
+    rules = yaml.load("\n".join(lines), Loader=yaml.CSafeLoader)
+    assert [rule["ports"][0]["port"] for rule in rules] == [53, 5353]
+    policy = copy.deepcopy(manifest_named("NetworkPolicy", "default-deny"))
+    policy["spec"]["egress"] += rules
+    kubernetes_validate.validate(policy, "1.34", strict=True)
+
+
+def test_every_pod_passes_the_restricted_standard_that_the_namespace_enforces() -> None:
+    labels = manifest("Namespace")["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+    for name, template in pod_templates().items():
+        pod = template["spec"]
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys(), name
+        assert pod["securityContext"]["runAsNonRoot"], name
+        assert pod["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault", name
+        assert all(not {"hostPath", "nfs"} & volume.keys() for volume in pod.get("volumes", [])), name
+        for container in pod["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False, name
+            assert container["securityContext"]["capabilities"]["drop"] == ["ALL"], name
+            assert not [port for port in container.get("ports", []) if "hostPort" in port], name
+    # The operator gives its init container the context of the first container, the autoscaler that of its options.
+    for kind in ("RayCluster", "RayCronJob"):
+        context = SPECS[kind]["autoscalerOptions"]["securityContext"]
+        assert context == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
 @pytest.mark.parametrize("name", pod_templates())
@@ -372,6 +413,18 @@ def test_kustomize_builds_every_overlay(name: str, kinds: set[str]) -> None:
     assert "image: ddpm-ray\n" not in done.stdout, "every image has its host"
 
 
+@needs_kubectl
+@pytest.mark.parametrize("name", ["kueue", "raycronjob"])
+def test_the_image_is_named_in_one_place(name: str, tmp_path: Path) -> None:
+    copied = tmp_path / "kuberay"
+    shutil.copytree(INFRA / "kuberay", copied)
+    base = copied / "base" / "kustomization.yaml"
+    base.write_text(base.read_text().replace("IMAGE_HOST/", "host.example/team/").replace("0.1.0", "0.2.0"))
+    done = subprocess.run([KUBECTL, "kustomize", copied / "overlays" / name], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert set(re.findall(r"image: (\S+)", done.stdout)) == {"host.example/team/ddpm-ray:0.2.0"}
+
+
 @pytest.mark.parametrize("name", ["cronjob", "rayjob-submitter"])
 def test_pods_that_submit_jobs_carry_the_label_that_lets_them_in(name: str) -> None:
     assert pod_templates()[name]["metadata"]["labels"] == SUBMITS_JOBS
@@ -399,11 +452,14 @@ def test_the_readme_names_the_service_and_the_secret_that_exist() -> None:
     assert f"get secret {name} " in readme
 
 
-def network_policy(name: str) -> Document:
+def manifest_named(kind: str, name: str) -> Document:
     (found,) = (
-        document["spec"]
-        for document in manifests()
-        if document["kind"] == "NetworkPolicy" and document["metadata"]["name"] == name
+        document for document in manifests() if (document["kind"], document["metadata"]["name"]) == (kind, name)
     )
+    return found
+
+
+def network_policy(name: str) -> Document:
+    found = manifest_named("NetworkPolicy", name)["spec"]
     assert isinstance(found, dict)
     return found
