@@ -420,7 +420,9 @@ def test_the_image_is_named_in_one_place(name: str, tmp_path: Path) -> None:
     shutil.copytree(INFRA / "kuberay", copied)
     base = copied / "base" / "kustomization.yaml"
     base.write_text(base.read_text().replace("IMAGE_HOST/", "host.example/team/").replace("0.1.0", "0.2.0"))
-    done = subprocess.run([KUBECTL, "kustomize", copied / "overlays" / name], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [KUBECTL, "kustomize", copied / "overlays" / name], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert set(re.findall(r"image: (\S+)", done.stdout)) == {"host.example/team/ddpm-ray:0.2.0"}
 
