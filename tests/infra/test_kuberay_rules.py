@@ -364,12 +364,45 @@ def test_the_dashboard_and_the_alerts_use_gauges_that_exist_and_each_alert_is_ex
 
     board = json.loads((OVERLAYS / "monitoring" / "ddpm.json").read_text())
     expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
-    (rules,) = (document for document in overlay("monitoring") if document["kind"] == "PrometheusRule")
-    alerts = [rule for group in rules["spec"]["groups"] for rule in group["rules"]]
+    alerts = alert_rules()
     used = set(re.findall(r"ray_(ddpm_\w+)", " ".join([*expressions, *(alert["expr"] for alert in alerts)])))
     assert used == set(GAUGES)
     operations = (ROOT / "docs" / "operations.md").read_text()
     assert all(f"`{alert['alert']}`" in operations for alert in alerts)
+
+
+def alert_rules() -> list[Document]:
+    (rules,) = (document for document in overlay("monitoring") if document["kind"] == "PrometheusRule")
+    return [rule for group in rules["spec"]["groups"] for rule in group["rules"]]
+
+
+def test_every_expression_of_alerts_and_dashboard_is_promql() -> None:
+    promql = pytest.importorskip("promql_parser", reason="pip install promql-parser")
+    board = json.loads((OVERLAYS / "monitoring" / "ddpm.json").read_text())
+    found = [target["expr"].replace("$run", "a") for panel in board["panels"] for target in panel["targets"]]
+    for expression in [*found, *(alert["expr"] for alert in alert_rules())]:
+        promql.parse(expression)
+    with pytest.raises(ValueError, match="parenthesis"):
+        promql.parse("sum by (run (ray_ddpm_step)")
+
+
+def test_an_alert_of_missing_steps_is_silent_when_training_is_over() -> None:
+    expressions = {alert["alert"]: alert["expr"] for alert in alert_rules()}
+    assert expressions["DdpmNoStep"].endswith("and on (run) (ray_ddpm_training == 1)")
+    for name in ("DdpmNotStarted", "DdpmDriverGone"):
+        assert "unless on (run)" in expressions[name], "the series of a run that never stepped, or is gone, is missing"
+
+
+def test_the_alerts_know_the_namespace_and_the_pods_that_they_look_for() -> None:
+    expressions = {alert["alert"]: alert["expr"] for alert in alert_rules()}
+    namespace = load(KUBERAY / "kustomization.yaml")["namespace"]
+    for expression in expressions.values():
+        assert set(re.findall(r'namespace="(\w+)"', expression)) <= {namespace}
+    left = expressions["DdpmClusterLeft"]
+    (pods,) = re.findall(r'pod=~"([^"]+)"', left)
+    assert re.fullmatch(pods, f"{TICKS['metadata']['name']}-29000000-abcde-head-fghij")
+    assert not re.fullmatch(pods, f"{CLUSTER['metadata']['name']}-head-fghij"), "the standing cluster stays"
+    assert int(left.rpartition("> ")[2]) > TICKS["spec"]["jobTemplate"]["activeDeadlineSeconds"]
 
 
 def test_prometheus_looks_at_the_port_that_ray_pods_export() -> None:
