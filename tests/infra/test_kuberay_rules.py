@@ -128,6 +128,16 @@ def test_the_training_job_satisfies_the_rules_of_the_operator() -> None:
     assert not {"entrypointNumCpus", "entrypointNumGpus"} & spec.keys(), "the driver stays on the head"
 
 
+def test_the_comments_of_the_training_job_count_its_tries_and_the_readme_says_how_to_start_it_again() -> None:
+    text = " ".join((KUBERAY / "train-job.yaml").read_text().replace("#", " ").split())
+    assert JOB["spec"]["backoffLimit"] + 1 == 4
+    assert JOB["spec"]["preRunningDeadlineSeconds"] * 4 == 4 * 3600
+    assert JOB["spec"]["activeDeadlineSeconds"] == 7 * 86400
+    for said in ("each of the four tries", "four hours until it gives up", "may take up to four", "delete it first"):
+        assert said in text
+    assert f"kubectl -n ddpm delete rayjob {JOB['metadata']['name']}" in (INFRA / "README.md").read_text()
+
+
 def test_the_training_command_is_understood_and_resumes_by_name() -> None:
     path, config = parsed(JOB["spec"]["entrypoint"])
     assert path == "jobs/train.py"
@@ -210,7 +220,8 @@ def test_only_the_pod_with_the_autoscaler_gets_access_to_the_api_server(name: st
 def test_pods_get_their_settings_from_one_place_and_no_credentials(name: str) -> None:
     settings = manifest("ConfigMap")
     for container in pod_templates()[name]["spec"]["containers"]:
-        login = [] if name == "cronjob" else [{"secretRef": {"name": "ddpm-mlflow", "optional": True}}]
+        secrets = () if name == "cronjob" else ("ddpm-mlflow", "ddpm-s3")
+        login = [{"secretRef": {"name": secret, "optional": True}} for secret in secrets]
         assert container["envFrom"] == [{"configMapRef": {"name": settings["metadata"]["name"]}}, *login]
     assert settings["data"]["DDPM_HOME"].startswith("s3://")
     assert settings["data"]["MLFLOW_TRACKING_URI"].startswith("http")
@@ -294,6 +305,52 @@ def test_every_pod_passes_the_restricted_standard_that_the_namespace_enforces() 
     for kind in ("RayCluster", "RayCronJob"):
         context = SPECS[kind]["autoscalerOptions"]["securityContext"]
         assert context == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
+CLUSTER_FILES = {
+    "RayCluster": KUBERAY / "ray-cluster.yaml",
+    "RayJob": KUBERAY / "train-job.yaml",
+    "RayCronJob": OVERLAYS / "raycronjob" / "evaluate-raycronjob.yaml",
+}
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_heads_stay_and_the_comments_about_spot_nodes_are_what_kubernetes_takes(kind: str) -> None:
+    text, spec = CLUSTER_FILES[kind].read_text(), SPECS[kind]
+    head = copy.deepcopy(spec["headGroupSpec"]["template"])
+    assert head["metadata"]["annotations"] == {"karpenter.sh/do-not-disrupt": "true"}
+    (block,) = re.findall(r"^( *)# (affinity:\n(?:\1#.*\n)+)", text, re.MULTILINE)
+    head["spec"] |= yaml.load(re.sub(rf"^{block[0]}# ", "", block[1], flags=re.MULTILINE), Loader=yaml.CSafeLoader)
+    (required,) = head["spec"]["affinity"]["nodeAffinity"].values()
+    (terms,) = required["nodeSelectorTerms"]
+    assert {term["operator"] for term in terms["matchExpressions"]} == {"NotIn", "DoesNotExist"}, "all may hold at once"
+    worker = copy.deepcopy(spec["workerGroupSpecs"][0]["template"])
+    tolerations = re.findall(r"^ *# - (\{key: .*effect: NoSchedule\})$", text, re.MULTILINE)
+    assert len(tolerations) == 2
+    worker["spec"]["tolerations"] += [yaml.load(line, Loader=yaml.CSafeLoader) for line in tolerations]
+    for template in (head, worker):
+        document = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": template}
+        kubernetes_validate.validate(document, "1.34", strict=True)
+
+
+def test_mlflow_is_told_the_name_under_which_the_nodes_call_it() -> None:
+    from mlflow.server.security_utils import is_allowed_host_header
+
+    (there,) = (option for option in load(ROOT / "ray_cluster.yaml")["docker"]["run_options"] if "MLFLOW" in option)
+    addresses = {
+        KUBERAY / "settings.yaml": manifest("ConfigMap")["data"]["MLFLOW_TRACKING_URI"],
+        INFRA / "README.md": manifest("ConfigMap")["data"]["MLFLOW_TRACKING_URI"],
+        ROOT / "ray_cluster.yaml": there.partition("=")[2],
+    }
+    for path, address in addresses.items():
+        (hosts,) = re.findall(r'--host 0\.0\.0\.0 --allowed-hosts "([^"]+)"', path.read_text())
+        assert is_allowed_host_header(hosts.split(","), address.removeprefix("http://")), path
+        assert "loopback" in path.read_text(), "what is shipped beside it serves no cluster"
+
+
+def test_the_readme_starts_a_tick_by_hand_under_a_name_of_its_own() -> None:
+    (line,) = (line for line in (INFRA / "README.md").read_text().splitlines() if "--from=cronjob/" in line)
+    assert f"cronjob/{CRON['metadata']['name']} evaluate-$(date +%s)" in line, "a second one of a name does nothing"
 
 
 @pytest.mark.parametrize("name", pod_templates())
@@ -440,6 +497,10 @@ def test_kustomize_builds_every_overlay(name: str, kinds: set[str]) -> None:
     built = {document["kind"]: document for document in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader)}
     assert kinds <= built.keys()
     assert ("CronJob" in built) == (name == "kueue")
+    if name == "monitoring":
+        watched = [built["PodMonitor"], built["PrometheusRule"]]
+        assert [document["metadata"]["labels"]["release"] for document in watched] == ["kube-prometheus-stack"] * 2
+        assert built["ConfigMap"]["metadata"]["labels"]["grafana_dashboard"] == "1"
     if name == "kueue":
         assert built["RayJob"]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "ddpm"
         assert "app.kubernetes.io/part-of" in built["RayJob"]["metadata"]["labels"]
