@@ -60,6 +60,7 @@ fi
 if [ -z "${RAY_API_SERVER_ADDRESS:-}" ]; then
   exec "${command[@]}"
 fi
+trap 'exit 130' TERM INT # process 1 of a container ignores what it does not name
 if "$ray" job status "$tick" >/dev/null 2>&1; then
   echo "tick $tick was submitted before; this one has nothing to do"
   exit
