@@ -52,11 +52,13 @@ class Cluster:
     environment: dict[str, str]
     """What a client of the cluster needs."""
     nodes: list[Node] = field(default_factory=list)
+    dashboard_port: int | None = None
+    """Where jobs are submitted; None if the cluster takes none."""
 
     def add_node(self, *, num_cpus: int, head: bool = False) -> Node:
         """Starts a node; returns at once unless it is the head."""
         where = ["--head", f"--port={self.port}", f"--temp-dir={self.folder}"] if head else []
-        where += ["--include-dashboard=false"] if head else [f"--address=127.0.0.1:{self.port}"]
+        where += self._dashboard() if head else [f"--address=127.0.0.1:{self.port}"]
         command = [*RAY, "start", "--block", "--node-ip-address=127.0.0.1", *where, f"--num-cpus={num_cpus}"]
         command += ["--object-store-memory=100000000", "--disable-usage-stats"]
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -69,6 +71,12 @@ class Cluster:
         if head:
             _wait_for_port(self.port, process)
         return node
+
+    def _dashboard(self) -> list[str]:
+        if self.dashboard_port is None:
+            return ["--include-dashboard=false"]
+        where = ["--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard_port}"]
+        return [*where, f"--dashboard-agent-listen-port={free_port()}"]  # jobs are started by the agent
 
     def announce_end(self, node: Node, *, seconds: int) -> None:
         """Tells Ray, as a cloud's notice does, that a node will be taken away."""
@@ -83,22 +91,31 @@ class Cluster:
 
 
 @contextmanager
-def cluster(*, head_cpus: int) -> Iterator[Cluster]:
-    """Starts a head; ends all nodes at the end."""
+def cluster(*, head_cpus: int, dashboard: bool = False) -> Iterator[Cluster]:
+    """Starts a head, one that takes jobs if there is a ``dashboard``; ends all nodes at the end."""
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short sockets
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         # The token of this process: Ray reads it once, and a test may join the cluster itself.
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]}
         environment = {**token, **FAST_DEATHS, "RAY_ADDRESS": f"127.0.0.1:{port}"}
         new = Cluster(folder=Path(folder), port=port, environment=environment)
+        new.dashboard_port = free_port() if dashboard else None
         try:
-            new.add_node(num_cpus=head_cpus, head=True)
+            head = new.add_node(num_cpus=head_cpus, head=True)
+            if new.dashboard_port is not None:
+                _wait_for_port(new.dashboard_port, head.process)
             yield new
         finally:
             for node in reversed(new.nodes):
                 node.kill()
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def tree(pid: int) -> list[psutil.Process]:

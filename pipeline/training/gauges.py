@@ -7,6 +7,7 @@ from pipeline.training.worker import Record
 __all__ = ["GAUGES", "Gauges"]
 
 GAUGES = {
+    "ddpm_training": "1 from the start of the driver to the last step, also while it waits for GPUs; then 0.",
     "ddpm_step": "Optimizer steps done.",
     "ddpm_loss": "Training loss, mean of the last logging window over all workers.",
     "ddpm_images_per_second": "Images trained on, per second, all workers together.",
@@ -37,6 +38,7 @@ class Gauges:
         for gauge in self._gauges.values():
             gauge.set_default_tags({"run": run})
         self._bad_images = 0.0
+        self._gauges["ddpm_training"].set(1)
 
     def show(self, record: Record) -> None:
         """Sets the gauges to the values of one logging window."""
@@ -49,5 +51,10 @@ class Gauges:
         """Sets the distance."""
         self._gauges["ddpm_distance"].set(value)
 
+    def end(self) -> None:
+        """Says that no more steps come: what follows (publishing, an evaluation) may take long."""
+        self._gauges["ddpm_training"].set(0)
+
     def close(self) -> None:
-        """The last values stay until the driver ends."""
+        """Ends; the other values stay until the driver ends."""
+        self.end()

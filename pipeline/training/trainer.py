@@ -109,7 +109,8 @@ def fit(
     run = open_run(task, tracker, parent_run_id, tags or {})
     for label, text in zip(("MLflow", ""), tracker.ui_command(run.run_id, run.experiment_id), strict=False):
         logger.info("%-8s  %s", label, text)
-    with _truthful_status(run), closing(Several(open_progress(config.steps, live=live), Gauges(run.name))) as progress:
+    gauges = Gauges(run.name)
+    with _truthful_status(run), closing(Several(open_progress(config.steps, live=live), gauges)) as progress:
         mailbox = open_mailbox(run)
         folder = storage.join(runs_root(), run.name, "samples")
         quality = Quality(task, run, folder=folder, measure=measure, on_distance=progress.show_distance)
@@ -123,6 +124,7 @@ def fit(
         )
         try:
             result = _train(task, run.name, mailbox, recorder)
+            gauges.end()
             for checkpoint, metrics in result.best_checkpoints or []:
                 recorder.publish(Committed(int(metrics["step"]), checkpoint))
             step = _step_reached(result)

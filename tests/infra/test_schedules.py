@@ -48,7 +48,7 @@ def test_the_entrypoint_measures_what_is_pending_with_the_flags_that_it_is_given
     assert config.protocol.num_images == 50
 
 
-def test_beside_a_cluster_the_entrypoint_submits_a_tick_under_its_name_and_waits() -> None:
+def test_beside_a_cluster_the_entrypoint_submits_a_tick_under_its_name() -> None:
     from ray.dashboard.modules.job.cli import submit
 
     server = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:8265"}
@@ -56,7 +56,7 @@ def test_beside_a_cluster_the_entrypoint_submits_a_tick_under_its_name_and_waits
     assert (Path(program).name, words[:2]) == ("ray", ["job", "submit"])
     options = submit.make_context("submit", words[2:]).params
     assert options["submission_id"] == "ddpm-evaluate-7"
-    assert options["no_wait"] is False
+    assert options["no_wait"] is True
     assert options["entrypoint_num_cpus"] is None
     assert options["entrypoint_num_gpus"] is None
     assert parsed(list(options["entrypoint"]))[1].pending
@@ -75,6 +75,62 @@ def test_a_tick_steps_aside_while_another_one_runs(tmp_path: Path) -> None:
         (tmp_path / "end").write_text("now\n")
     assert (second.returncode, "another tick is running" in second.stdout) == (0, True)
     assert first.returncode == 0
+
+
+def submitting(folder: Path, *answers: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """A tick beside a cluster whose ``ray job status`` gives these answers, one after the other."""
+    ray = folder / "ray"
+    ray.write_text(
+        f"""#!/bin/sh
+cd {folder} && echo "$2" >> verbs
+[ "$2" = status ] || exit 0
+line=$(sed -n "$(grep -c status verbs)p" answers)
+echo "$line"
+case $line in Job* | Status*) ;; *) exit 1 ;; esac
+"""
+    )
+    ray.chmod(0o755)
+    (folder / "answers").write_text("\n".join(["no such job", *answers]))
+    (folder / "python").symlink_to(ray)
+    server = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:8265", "DDPM_TICK": "t", "DDPM_LOCK": str(folder / "lock")}
+    return tick(**server, DDPM_PYTHON=str(folder / "python"), **environment)
+
+
+def test_a_log_that_breaks_off_and_a_dashboard_that_is_away_do_not_end_the_tick(tmp_path: Path) -> None:
+    done = submitting(tmp_path, "Status for job 't': RUNNING", "connection refused", "Job 't' succeeded")
+    assert done.returncode == 0, done.stderr
+    verbs = (tmp_path / "verbs").read_text().split()
+    assert verbs == ["status", "submit", "logs", "status", "logs", "status", "logs", "status"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("Job 't' was stopped", "was stopped"),
+        ("Job 't' failed", "failed"),
+        ("Request failed with status code 404: Job t does not exist.", "no longer knows"),
+        ("connection refused", "no answer"),
+    ],
+)
+def test_only_a_job_that_succeeded_is_a_success(tmp_path: Path, answer: str, reason: str) -> None:
+    done = submitting(tmp_path, answer, DDPM_PATIENCE="0")
+    assert (done.returncode, reason in done.stderr) == (1, True), done.stderr
+
+
+def test_a_lock_of_another_user_will_do_and_one_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    lock.touch(mode=0o444)
+    settings = {"DDPM_PYTHON": "true", "DDPM_LOCK": str(lock)}
+    assert tick(**settings).returncode == 0
+    refused = tick(**settings | {"DDPM_LOCK": str(tmp_path / "nothing" / "lock")})
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "DDPM_LOCK" in refused.stderr
+
+
+def test_cron_systemd_and_persons_share_one_lock() -> None:
+    text = ENTRYPOINT.read_text()
+    assert "${DDPM_LOCK:-/run/lock/ddpm-evaluate.lock}" in text
+    assert "XDG_RUNTIME_DIR" not in text, "it depends on who asks"
 
 
 def test_a_settings_file_is_read_and_one_that_is_missing_is_an_error(tmp_path: Path) -> None:

@@ -35,7 +35,12 @@ def test_the_values_of_a_run_appear_on_the_metrics_port_of_a_cluster_without_das
         while len(found := scraped(address)) < len(GAUGES):
             assert time.monotonic() < deadline, found
             time.sleep(1)
+        gauges.close()
+        while scraped(address)["ray_ddpm_training"] != 0:
+            assert time.monotonic() < deadline, "an evaluation that follows would look like training that hangs"
+            time.sleep(1)
     assert found == {
+        "ray_ddpm_training": 1,
         "ray_ddpm_step": 75,
         "ray_ddpm_loss": 0.25,
         "ray_ddpm_images_per_second": 1400,
