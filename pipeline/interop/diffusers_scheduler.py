@@ -25,6 +25,7 @@ _VARIANCES = {
 _CLASSES = ("DDPMScheduler", "DDIMScheduler")
 # Their dynamic thresholding cuts its scale off at this value; ours has no such limit.
 _NO_LIMIT = 1e9
+_MOST_STEPS = 10**6
 
 
 def our_schedule(config: Mapping[str, Any], *, where: str) -> tuple[ScheduleConfig, str, SamplingConfig]:
@@ -40,17 +41,25 @@ def our_schedule(config: Mapping[str, Any], *, where: str) -> tuple[ScheduleConf
     Raises:
         UserError: A field has a value that nothing here corresponds to; it is named.
     """
+    try:
+        return _our_schedule(config, where)
+    except UserError as error:
+        raise error if where in str(error) else UserError(f"{where}: {error}") from error
+    except Exception as error:  # whatever JSON can hold in the place of numbers and words
+        raise UserError(f"{where} is no config of a scheduler: {error!r}") from error
+
+
+def _our_schedule(config: Mapping[str, Any], where: str) -> tuple[ScheduleConfig, str, SamplingConfig]:
     name = config.get("_class_name", "DDPMScheduler")
     if name not in _CLASSES:
         raise UserError(f"{where}: _class_name is {name}; give the config of a {' or '.join(_CLASSES)}")
     for field, allowed in {"trained_betas": None, "rescale_betas_zero_snr": False, "clip_sample_range": 1.0}.items():
         if (found := config.get(field, allowed)) != allowed:
             raise UserError(f"{where}: {field} is {str(found)[:40]}; allowed is {allowed}")
-    try:
-        T = int(config.get("num_train_timesteps", REFERENCE_T))
-        start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where} is damaged: {error}") from error
+    T = config.get("num_train_timesteps", REFERENCE_T)
+    if not isinstance(T, int) or not 1 <= T <= _MOST_STEPS:
+        raise UserError(f"num_train_timesteps is {str(T)[:40]}; allowed are whole numbers in 1..{_MOST_STEPS}")
+    start, end = _number(config, "beta_start", 1e-4), _number(config, "beta_end", 0.02)
     shape: Any = _known(config, "beta_schedule", "linear", _SCHEDULES, where)
     schedule = ScheduleConfig(schedule=shape, T=T)
     if shape != "cosine":
@@ -65,7 +74,7 @@ def our_schedule(config: Mapping[str, Any], *, where: str) -> tuple[ScheduleConf
     clipping: Any = "clip" if config.get("clip_sample", True) else "none"
     percentile = SamplingConfig().x0_percentile
     if config.get("thresholding", False):
-        clipping, percentile = "dynamic", float(config.get("dynamic_thresholding_ratio", 0.995))
+        clipping, percentile = "dynamic", _number(config, "dynamic_thresholding_ratio", 0.995)
     return schedule, prediction, SamplingConfig(variance=variance, x0_clipping=clipping, x0_percentile=percentile)
 
 
@@ -102,9 +111,16 @@ def their_scheduler(config: TrainConfig) -> dict[str, Any]:
 
 def _known(config: Mapping[str, Any], field: str, default: str, known: Mapping[str, str], where: str) -> str:
     found = config.get(field, default)
-    if found not in known:
+    if not isinstance(found, str) or found not in known:
         raise UserError(f"{where}: {field} is {found!r}; allowed are {', '.join(known)}")
     return known[found]
+
+
+def _number(config: Mapping[str, Any], field: str, default: float) -> float:
+    found = config.get(field, default)
+    if not isinstance(found, int | float) or not 0 < found <= 1:
+        raise UserError(f"{field} is {str(found)[:40]}; allowed is a number above 0 and at most 1")
+    return float(found)
 
 
 def _inverse(words: Mapping[str, str], ours: str) -> str:

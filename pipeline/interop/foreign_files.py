@@ -2,17 +2,15 @@
 
 import io
 import json
-import pickle
 from collections.abc import Mapping
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 
 __all__ = ["Tensors", "read_object", "read_tensors"]
 
@@ -30,8 +28,8 @@ def read_object(location: str) -> dict[str, Any]:
     """
     try:
         found = json.loads(_read(location))
-    except ValueError as error:
-        raise UserError(f"{location} is no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{location} is no JSON: {first_line(error)}") from error
     if not isinstance(found, dict):
         raise UserError(f"{location} holds a {type(found).__name__}; give a JSON object")
     return found
@@ -49,10 +47,16 @@ def read_tensors(location: str) -> Tensors:
     """
     data = _read(location)
     found = _torch_load(data, location) if _is_torch_file(data) else _safetensors_load(data, location)
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not _is_state_dict(found):
         held = f"{type(found).__name__} of {len(found)}" if hasattr(found, "__len__") else type(found).__name__
         raise UserError(f"{location} holds a {held}; give a state dict: tensors by name, and nothing else")
-    return {str(name).removeprefix("module."): _widened(value, str(name), location) for name, value in found.items()}
+    return {name.removeprefix("module."): _widened(value, name, location) for name, value in found.items()}
+
+
+def _is_state_dict(found: Any) -> bool:
+    return isinstance(found, Mapping) and all(
+        isinstance(name, str) and name.isprintable() and isinstance(value, Tensor) for name, value in found.items()
+    )
 
 
 def _read(location: str) -> bytes:
@@ -70,7 +74,7 @@ def _is_torch_file(data: bytes) -> bool:
 def _torch_load(data: bytes, location: str) -> Any:
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except Exception as error:  # a damaged file ends in whatever its bytes happen to call
         raise UserError(
             f"{location} is no file of torch.save that holds tensors alone; save the state dict itself, or give "
             "safetensors (programs in pickles are never run)"
@@ -80,12 +84,17 @@ def _torch_load(data: bytes, location: str) -> Any:
 def _safetensors_load(data: bytes, location: str) -> Tensors:
     try:
         return safetensors.torch.load(data)
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise UserError(f"{location} is neither a safetensors file nor one of torch.save: {error}") from error
+    except Exception as error:  # SafetensorError, and what torch says to sizes and names that a header may claim
+        why = first_line(error)
+        raise UserError(f"{location} is neither a safetensors file nor one of torch.save: {why}") from error
 
 
 def _widened(tensor: Tensor, name: str, location: str) -> Tensor:
     if tensor.dtype not in _WIDENED:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _WIDENED)
         raise UserError(f"{location}: {name} is {str(tensor.dtype).removeprefix('torch.')}; give {allowed}")
-    return tensor.float()
+    # Strides of zero let a few bytes stand for a tensor that no memory holds.
+    is_dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not is_dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(f"{location} is damaged or packed in a rare way: {name} has not all its values; save it again")
+    return tensor.detach().float()
