@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline import storage
 from pipeline.errors import UserError, first_line
 
-__all__ = ["Tensors", "read_object", "read_tensors"]
+__all__ = ["Tensors", "load", "read_object", "read_tensors", "state_dict"]
 
 Tensors = dict[str, Tensor]
 
@@ -36,17 +36,26 @@ def read_object(location: str) -> dict[str, Any]:
 
 
 def read_tensors(location: str) -> Tensors:
-    """Reads a state dict: safetensors, or a file of ``torch.save`` that holds tensors alone (``weights_only``).
+    """Reads a state dict. Raises as ``load`` and ``state_dict``."""
+    return state_dict(load(location), location)
 
-    Returns:
-        Tensors by name, float32, without the ``module.`` that data parallelism puts before the names.
+
+def load(location: str) -> Any:
+    """What a file holds: safetensors, or a file of ``torch.save`` with nothing but tensors (``weights_only``).
 
     Raises:
-        UserError: No such file, another format, other things than tensors by name, or a dtype that is not float32,
-            float16 or bfloat16.
+        UserError: No such file, or another format.
     """
     data = _read(location)
-    found = _torch_load(data, location) if _is_torch_file(data) else _safetensors_load(data, location)
+    return _torch_load(data, location) if _is_torch_file(data) else _safetensors_load(data, location)
+
+
+def state_dict(found: Any, location: str) -> Tensors:
+    """Tensors by name, float32, without the ``module.`` that data parallelism puts before the names.
+
+    Raises:
+        UserError: Other things than tensors by name, or a dtype that is not float32, float16 or bfloat16.
+    """
     if not _is_state_dict(found):
         held = f"{type(found).__name__} of {len(found)}" if hasattr(found, "__len__") else type(found).__name__
         raise UserError(f"{location} holds a {held}; give a state dict: tensors by name, and nothing else")

@@ -4,31 +4,34 @@ The widths follow from the shapes. The size of the images does not, and decides 
 """
 
 import re
+from dataclasses import replace
+from typing import Any
 
-from pipeline.config import ModelConfig, TrainConfig
+from pipeline.config import ModelConfig, RecipeConfig, TrainConfig
 from pipeline.errors import UserError
-from pipeline.interop.foreign_files import Tensors, read_tensors
+from pipeline.interop.foreign_files import Tensors, load, state_dict
 from pipeline.interop.names import group_counts, our_tensors, pesser_name
+from pipeline.interop.recipe import Imported, complete
 
 __all__ = ["read_state_dict"]
 
+_NOTHING = RecipeConfig()
 _OURS = "the DDPM paper's network as pesser/pytorch_diffusion and ermongroup/ddim save it"
 
 
-def read_state_dict(location: str, *, image_size: int | None) -> tuple[TrainConfig, Tensors]:
-    """Reads a network; its schedule is taken for the paper's (linear, T = 1000, fixed-small).
+def read_state_dict(location: str, *, image_size: int | None, given: RecipeConfig = _NOTHING) -> Imported:
+    """Reads a network; its schedule and sampling are taken for the paper's unless ``given``.
 
     Args:
         location: safetensors or a file of ``torch.save``: a path or an ``s3://`` URI.
         image_size: Height and width of its images, pixels.
-
-    Returns:
-        A config with the model and defaults elsewhere, and the weights by our names.
+        given: What is known of schedule and sampling.
 
     Raises:
         UserError: It is another network, or ``image_size`` is missing.
     """
-    tensors = read_tensors(location)
+    found, notes = _chosen(load(location))
+    tensors = state_dict(found, location)
     if "time_embed.0.weight" in tensors and "input_blocks.0.0.weight" in tensors:
         raise UserError(_why_not_openai(tensors, location))
     if "temb.dense.0.weight" not in tensors:
@@ -45,8 +48,17 @@ def read_state_dict(location: str, *, image_size: int | None) -> tuple[TrainConf
             raise UserError(f"{model.base_channels} base channels; with 32 groups they must be 64 or more")
     except UserError as error:
         raise UserError(f"{location}: {error}") from error
-    levels = len(model.channel_mult)
-    return TrainConfig(model=model), our_tensors(tensors, model, pesser_name(levels), where=location)
+    made = complete({}, given, TrainConfig(model=model), location)
+    ours = our_tensors(tensors, model, pesser_name(len(model.channel_mult)), where=location)
+    return replace(made, tensors=ours, notes=made.notes + notes)
+
+
+def _chosen(found: Any) -> tuple[Any, tuple[str, ...]]:
+    """Of what ermongroup/ddim saves while it trains, [model, optimizer, epoch, step] and perhaps the EMA, the last."""
+    if not (isinstance(found, list) and len(found) in (4, 5) and isinstance(found[3], int)):
+        return found, ()
+    what = "its EMA, the fifth entry" if len(found) == 5 else "its last weights, the first entry: it has no EMA"
+    return found[4 if len(found) == 5 else 0], (f"read {what} of a checkpoint of step {found[3]:,}",)
 
 
 def _model(tensors: Tensors, image_size: int) -> ModelConfig:

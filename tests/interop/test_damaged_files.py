@@ -164,7 +164,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize(("part", "read"), zip(CONFIGS, (our_model, our_schedule), strict=True))
+@pytest.mark.parametrize(("part", "read"), list(zip(CONFIGS, (our_model, our_schedule), strict=True)))
 def test_a_silly_value_of_any_field_of_a_config_is_read_or_refused_in_one_line(part, read):
     for field in CONFIGS[part]:
         for value in SILLY:
