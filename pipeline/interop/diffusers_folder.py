@@ -24,10 +24,12 @@ from pipeline.interop.foreign_files import Tensors, read_object, read_tensors
 from pipeline.interop.names import diffusers_name, our_tensors, their_tensors
 from pipeline.interop.recipe import Imported, complete
 
-__all__ = ["INDEX_FILE", "read_folder", "write_folder"]
+__all__ = ["FILES", "INDEX_FILE", "read_folder", "write_folder"]
 
 INDEX_FILE = "model_index.json"
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+FILES = ("unet/config.json", f"unet/{_WEIGHTS[0]}", "scheduler/scheduler_config.json", INDEX_FILE)
+"""What an export consists of, in the order of writing."""
 _OLDER = (
     (r"(attentions\.\d+)\.query\.", r"\1.to_q."),
     (r"(attentions\.\d+)\.key\.", r"\1.to_k."),
@@ -75,13 +77,13 @@ def write_folder(location: str, config: TrainConfig, tensors: Tensors) -> None:
         "scheduler": ["diffusers", "DDPMScheduler"],
         "unet": ["diffusers", "UNet2DModel"],
     }
-    files = {
-        "unet/config.json": _encoded(their_unet(config.model)),
-        f"unet/{_WEIGHTS[0]}": safetensors.torch.save(weights, metadata={"format": "pt"}),
-        "scheduler/scheduler_config.json": _encoded(their_scheduler(config)),
-        INDEX_FILE: _encoded(index),
-    }
-    for name, data in files.items():
+    contents = (
+        _encoded(their_unet(config.model)),
+        safetensors.torch.save(weights, metadata={"format": "pt"}),
+        _encoded(their_scheduler(config)),
+        _encoded(index),
+    )
+    for name, data in zip(FILES, contents, strict=True):
         storage.write_bytes(storage.join(location, name), data)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.config import ConvertConfig, RecipeConfig, TrainConfig
 from pipeline.errors import UserError
-from pipeline.interop.diffusers_folder import INDEX_FILE, read_folder, write_folder
+from pipeline.interop.diffusers_folder import FILES, INDEX_FILE, read_folder, write_folder
 from pipeline.interop.foreign_files import Tensors
 from pipeline.interop.recipe import Imported
 from pipeline.interop.state_dicts import read_state_dict
@@ -55,14 +55,24 @@ def convert(config: ConvertConfig) -> Converted:
     """
     kind, _, path = config.source.partition(":")
     destination = storage.resolve(config.destination)
-    for name in (META_FILE, INDEX_FILE):
-        if storage.exists(storage.join(destination, name)):
-            raise UserError(f"--destination {destination} holds a model ({name}); choose another place or delete it")
+    _check_destination(destination)
     if kind == "model":
         return _export(config, storage.resolve(path), destination)
     source = path if storage.is_remote(path) else str(Path(path).expanduser().absolute())
     imported = _READERS[kind](source, image_size=config.image_size, given=config.recipe)
     return _import(config, source, destination, imported)
+
+
+def _check_destination(destination: str) -> None:
+    """A folder that is empty, missing, or left by this command before its last file."""
+    found = {location.removeprefix(storage.join(destination, "")) for location in storage.list_files(destination)}
+    for name in (META_FILE, INDEX_FILE):
+        if name in found:
+            raise UserError(f"--destination {destination} holds a model ({name}); choose another place or delete it")
+    if foreign := sorted(found - {EMA_FILE, *FILES}):
+        raise UserError(f"--destination {destination} holds other files ({foreign[0]}); give a new or an empty folder")
+    if not storage.is_remote(destination) and Path(destination).is_file():
+        raise UserError(f"--destination {destination} is a file; give a new or an empty folder")
 
 
 _READERS: dict[str, Callable[..., Imported]] = {

@@ -13,7 +13,7 @@ from pipeline.config import ConvertConfig, ModelConfig, RecipeConfig, SamplingCo
 from pipeline.diffusion.denoisers import eps_denoiser
 from pipeline.diffusion.samplers import ancestral
 from pipeline.diffusion.timesteps import sampling_timesteps
-from pipeline.errors import UserError
+from pipeline.errors import UserError, WorldError
 from pipeline.interop.diffusers_scheduler import our_schedule, their_scheduler
 from pipeline.interop.recipe import complete
 from pipeline.interop.session import convert
@@ -410,6 +410,32 @@ def test_a_destination_that_holds_a_model_is_refused(theirs, tmp_path):
     run(f"diffusers:{theirs[0]}", tmp_path / "ours")
     with pytest.raises(UserError, match=r"holds a model \(meta.json\); choose another place or delete it"):
         run(f"diffusers:{theirs[0]}", tmp_path / "ours")
+
+
+def test_a_destination_with_other_files_is_refused_and_left_alone(theirs, tmp_path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match=r"holds other files \(thesis.tex\); give a new or an empty folder"):
+        run(f"diffusers:{theirs[0]}", taken)
+    assert [path.name for path in taken.iterdir()] == ["thesis.tex"]
+    with pytest.raises(UserError, match="is a file; give a new"):
+        run(f"diffusers:{theirs[0]}", taken / "thesis.tex")
+
+
+def test_what_a_killed_import_left_is_written_again(theirs, tmp_path):
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / EMA_FILE).write_bytes(b"half")
+    run(f"diffusers:{theirs[0]}", tmp_path / "ours")
+    read(tmp_path, tmp_path / "ours")
+
+
+def test_a_damaged_model_is_named_by_the_place_that_was_given(tmp_path):
+    write_model(tmp_path / "model", TrainConfig(model=SMALL))
+    weights = tmp_path / "model" / EMA_FILE
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(WorldError, match=f"^{weights} is damaged"):
+        run(f"model:{tmp_path / 'model'}", tmp_path / "theirs")
 
 
 @pytest.mark.parametrize(
