@@ -112,5 +112,5 @@ $(BENCH)/installed: pyproject.toml constraints.txt benchmarks/requirements.txt b
 		echo "improved-diffusion could not be cloned: its rows will say so"
 	@touch $@
 
-clean: ## Remove .venv and caches; runs and data sets are not touched
-	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+clean: ## Remove .venv, those of bench and caches; runs and data sets are not touched
+	@rm -rf $(VENV) $(BENCH) $(MOSAICML) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -31,6 +31,7 @@ __all__ = [
     "OptimizerConfig",
     "PrepareConfig",
     "ProtocolConfig",
+    "RecipeConfig",
     "SamplingConfig",
     "ScheduleConfig",
     "ShowConfig",
@@ -426,6 +427,30 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """What the source of an import does not say. Default: as the paper has it; the output names what was assumed."""
+
+    schedule: Literal["linear", "cosine", "quadratic", "sigmoid"] | None = None
+    """Shape of its noise schedule."""
+    T: int | None = None
+    """Diffusion steps of its forward process."""
+    beta_start: float | None = None
+    """First beta at T=1000 (times 1000/T otherwise). Not used by cosine."""
+    beta_end: float | None = None
+    """Last beta at T=1000, likewise. Not used by cosine."""
+    prediction: Literal["eps", "v", "x_0"] | None = None
+    """What its network predicts."""
+    variance: Literal["fixed-small", "fixed-large"] | None = None
+    """Its reverse variance; the paper has fixed-large for CIFAR-10 (32x32) and fixed-small for 256x256."""
+    x0_clipping: Literal["none", "clip", "dynamic"] | None = None
+    """What is done to predicted images."""
+
+    def __post_init__(self) -> None:
+        if self.T is not None:
+            _check(1 <= self.T <= 10**6, "--T", self.T, "in 1..1000000")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
     """Turns a model of another library into a model folder, or a model folder into one of diffusers."""
 
@@ -437,6 +462,7 @@ class ConvertConfig:
     """Height and width of the images where the source does not tell them (a state dict), pixels."""
     step: int = 0
     """Optimizer steps that an imported model was trained for, as far as known."""
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
 
     def __post_init__(self) -> None:
         kind, _, path = self.source.partition(":")

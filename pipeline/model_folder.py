@@ -5,8 +5,9 @@ checkpoint. The architecture, T and the schedule of a model come from its ``meta
 sha256 is in ``meta.json``; nothing is unpickled.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ __all__ = [
     "fetch_model",
     "load_tensors",
     "read_meta",
+    "shown_as",
     "verified_bytes",
     "write_meta",
     "write_tensors",
@@ -208,5 +210,15 @@ def fetch_model(location: str, folder: Path, *, patience_seconds: float = 0.0) -
     for name in (META_FILE, EMA_FILE):
         data = storage.read_bytes(storage.join(location, name), patience_seconds=patience_seconds)
         (folder / name).write_bytes(data)
-    meta = read_meta(folder)
-    return meta, load_tensors(folder, EMA_FILE, meta)
+    with shown_as(folder, location):
+        meta = read_meta(folder)
+        return meta, load_tensors(folder, EMA_FILE, meta)
+
+
+@contextlib.contextmanager
+def shown_as(folder: Path, location: str) -> Iterator[None]:
+    """Errors of a temporary copy name the place that it was copied from, which a reader can find."""
+    try:
+        yield
+    except WorldError as error:
+        raise WorldError(str(error).replace(str(folder), location)) from error

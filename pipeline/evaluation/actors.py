@@ -21,7 +21,16 @@ from pipeline.evaluation.bound import BoundPlan, bound_of_chunk
 from pipeline.evaluation.crew import Crew
 from pipeline.evaluation.features import extractor_of
 from pipeline.generation import generate_chunk
-from pipeline.model_folder import EMA_FILE, META_FILE, Meta, build_schedule, build_unet, load_tensors, read_meta
+from pipeline.model_folder import (
+    EMA_FILE,
+    META_FILE,
+    Meta,
+    build_schedule,
+    build_unet,
+    load_tensors,
+    read_meta,
+    shown_as,
+)
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -47,9 +56,9 @@ class ModelFiles:
         except OSError as error:
             raise WorldError(f"{folder} is no published model: {error.strerror} {error.filename}") from error
 
-    def read_meta(self) -> Meta:
-        """What ``meta.json`` says. Raises ``WorldError`` if it is damaged or of another version."""
-        with tempfile.TemporaryDirectory(prefix="ddpm-meta-") as folder:
+    def read_meta(self, location: str) -> Meta:
+        """What ``meta.json`` says. Raises ``WorldError`` if it is damaged or of another version; names ``location``."""
+        with tempfile.TemporaryDirectory(prefix="ddpm-meta-") as folder, shown_as(Path(folder), location):
             (Path(folder) / META_FILE).write_bytes(self.meta)
             return read_meta(Path(folder))
 

@@ -229,7 +229,7 @@ def _evaluate_one(
     model = Model(
         name=f"{checkpoint.run_name} step {checkpoint.step}",
         files=files,
-        meta=files.read_meta(),
+        meta=files.read_meta(f"{checkpoint.run_name} step {checkpoint.step}"),
         images=images_location(config, candidate.name),
     )
     protocols = protocols_of(config, protocol, extractor)

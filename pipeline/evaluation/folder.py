@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline import cluster, storage
 from pipeline.config import EvaluateConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, WorldError
 from pipeline.evaluation.actors import ModelFiles, open_workers
 from pipeline.evaluation.evaluator import Deadline, num_chunks
 from pipeline.evaluation.features import extractor_of
@@ -23,6 +23,7 @@ from pipeline.model_folder import (
     MODEL_FILE,
     load_tensors,
     read_meta,
+    shown_as,
     write_meta,
     write_tensors,
 )
@@ -40,11 +41,14 @@ def evaluate_folder(config: EvaluateConfig) -> Outcome:
     assert config.checkpoint is not None
     assert config.reference is not None
     started, deadline = time.monotonic(), Deadline.of(config)
-    files = _read(storage.resolve(config.checkpoint), config.weights)
-    meta = files.read_meta()
+    checkpoint = storage.resolve(config.checkpoint)
+    files = _read(checkpoint, config.weights)
+    meta = files.read_meta(checkpoint)
+    if (found_hash := storage.sha256_hex(files.weights)) != (expected := meta.files.get(EMA_FILE)):
+        raise WorldError(f"{checkpoint}/{EMA_FILE} is damaged: sha256 {found_hash}, expected {expected}")
     check_sampling(config.sampling, meta.config)
     suffix = "" if config.weights == "ema" else f"-{config.weights}"
-    name = f"{meta.config.name or 'model'}-step-{meta.step:08d}{suffix}"
+    name = f"{meta.config.name or checkpoint.rpartition('/')[2]}-step-{meta.step:08d}{suffix}"
     model = Model(name=config.checkpoint, files=files, meta=meta, images=images_location(config, name))
     location = storage.resolve(config.reference, "data")
     manifest = reference_of(location, model)
@@ -103,10 +107,10 @@ def _read(location: str, which: str) -> ModelFiles:
         wanted = f"a folder with {file} and {META_FILE}, as training {who} them"
         raise UserError(f"--checkpoint {location} is no model: give {wanted}") from error
     files = ModelFiles(storage.sha256_hex(weights), weights, meta)
-    return files if which == "ema" else _as_published(files)
+    return files if which == "ema" else _as_published(files, location)
 
 
-def _as_published(files: ModelFiles) -> ModelFiles:
+def _as_published(files: ModelFiles, location: str) -> ModelFiles:
     """Raw weights in the place of the average, so that they are sampled like it."""
     with (
         tempfile.TemporaryDirectory(prefix="ddpm-raw-") as name,
@@ -115,7 +119,8 @@ def _as_published(files: ModelFiles) -> ModelFiles:
         folder, published = Path(name), Path(made)
         (folder / MODEL_FILE).write_bytes(files.weights)
         (folder / META_FILE).write_bytes(files.meta)
-        meta = read_meta(folder)
-        write_tensors(published, EMA_FILE, load_tensors(folder, MODEL_FILE, meta))
+        with shown_as(folder, location):
+            meta = read_meta(folder)
+            write_tensors(published, EMA_FILE, load_tensors(folder, MODEL_FILE, meta))
         write_meta(published, step=meta.step, config=meta.config, data=meta.data, code=meta.code)
         return ModelFiles.read(files.model_id, published)

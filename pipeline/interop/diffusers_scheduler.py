@@ -1,14 +1,16 @@
 """``DDPMScheduler``'s config and our schedule, prediction and reverse variance.
 
+Other schedulers that carry the same betas (DDIM, PNDM, DPMSolver, UniPC, Euler, ...) tell the schedule as well: they
+sample the same network in other ways.
+
 Their beta_start and beta_end are the betas themselves; ours are values at T = 1000, scaled by 1000 / T.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from pipeline.config import SamplingConfig, ScheduleConfig, TrainConfig
-from pipeline.diffusion.noise_schedule import MAX_SIGNAL_AT_T, REFERENCE_T
+from pipeline.config import ScheduleConfig, TrainConfig
+from pipeline.diffusion.noise_schedule import REFERENCE_T
 from pipeline.errors import UserError
 from pipeline.model_folder import build_schedule
 
@@ -22,12 +24,16 @@ _VARIANCES = {
     "fixed_large": "fixed-large",
     "fixed_large_log": "fixed-large",
 }
-_CLASSES = ("DDPMScheduler", "DDIMScheduler")
-# Their dynamic thresholding cuts its scale off at this value; ours has no such limit.
+_ONLY = {"trained_betas": None, "rescale_betas_zero_snr": False, "clip_sample_range": 1.0}
+_BETA_FIELDS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
+# Their dynamic thresholding cuts its scale off at sample_max_value; ours has no such limit. Their default of 1 leaves
+# no scale at all, which is clipping.
 _NO_LIMIT = 1e9
+_CLIPPING = ("DDPMScheduler", "DDIMScheduler")
+_MOST_STEPS = 10**6
 
 
-def our_schedule(config: Mapping[str, Any], *, where: str) -> tuple[ScheduleConfig, str, SamplingConfig]:
+def our_schedule(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """What a scheduler config says in our words.
 
     Args:
@@ -35,38 +41,62 @@ def our_schedule(config: Mapping[str, Any], *, where: str) -> tuple[ScheduleConf
         where: What messages call it.
 
     Returns:
-        The noise schedule, what the network predicts, and how reverse variance and x_0 are treated.
+        Knobs of schedule, prediction and sampling; what it does not say is left out.
 
     Raises:
         UserError: A field has a value that nothing here corresponds to; it is named.
     """
-    name = config.get("_class_name", "DDPMScheduler")
-    if name not in _CLASSES:
-        raise UserError(f"{where}: _class_name is {name}; give the config of a {' or '.join(_CLASSES)}")
-    for field, allowed in {"trained_betas": None, "rescale_betas_zero_snr": False, "clip_sample_range": 1.0}.items():
-        if (found := config.get(field, allowed)) != allowed:
-            raise UserError(f"{where}: {field} is {str(found)[:40]}; allowed is {allowed}")
     try:
-        T = int(config.get("num_train_timesteps", REFERENCE_T))
-        start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where} is damaged: {error}") from error
-    shape: Any = _known(config, "beta_schedule", "linear", _SCHEDULES, where)
-    schedule = ScheduleConfig(schedule=shape, T=T)
-    if shape != "cosine":
-        schedule = replace(
-            schedule, beta_start=_rounded(start * T / REFERENCE_T), beta_end=_rounded(end * T / REFERENCE_T)
-        )
-    # It was trained like this, whatever one may think of it.
-    if build_schedule(replace(schedule, allow_signal_at_T=True)).signal_at_T > MAX_SIGNAL_AT_T:
-        schedule = replace(schedule, allow_signal_at_T=True)
-    prediction = _known(config, "prediction_type", "epsilon", _PREDICTIONS, where)
-    variance: Any = _known(config, "variance_type", "fixed_small", _VARIANCES, where)
-    clipping: Any = "clip" if config.get("clip_sample", True) else "none"
-    percentile = SamplingConfig().x0_percentile
+        _check_class(config)
+        for field, allowed in _ONLY.items():
+            if (found := config.get(field, allowed)) != allowed:
+                raise UserError(f"{field} is {str(found)[:40]}; allowed is {allowed}")
+        return {
+            **_betas(config),
+            "prediction": _known(config, "prediction_type", "epsilon", _PREDICTIONS),
+            **_variance(config),
+            **_clipping(config),
+        }
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except Exception as error:  # whatever JSON can hold in the place of numbers and words
+        raise UserError(f"{where} is no config of a scheduler: {error!r}") from error
+
+
+def _check_class(config: Mapping[str, Any]) -> None:
+    name = config.get("_class_name", "DDPMScheduler")
+    missing = [field for field in _BETA_FIELDS if field not in config]
+    if name != "DDPMScheduler" and missing:
+        raise UserError(f"_class_name is {name!r}, without {missing[0]}; give a DDPMScheduler or one with its betas")
+
+
+def _betas(config: Mapping[str, Any]) -> dict[str, Any]:
+    T = config.get("num_train_timesteps", REFERENCE_T)
+    if not isinstance(T, int) or not 1 <= T <= _MOST_STEPS:
+        raise UserError(f"num_train_timesteps is {str(T)[:40]}; allowed are whole numbers in 1..{_MOST_STEPS}")
+    found = {"schedule": _known(config, "beta_schedule", "linear", _SCHEDULES), "T": T}
+    if found["schedule"] == "cosine":
+        return found
+    ends = {name: _number(config, name, default) for name, default in (("beta_start", 1e-4), ("beta_end", 0.02))}
+    return found | {name: _rounded(beta * T / REFERENCE_T) for name, beta in ends.items()}
+
+
+def _variance(config: Mapping[str, Any]) -> dict[str, str]:
+    if config.get("_class_name", "DDPMScheduler") != "DDPMScheduler" and config.get("variance_type") not in _VARIANCES:
+        return {}
+    return {"variance": _known(config, "variance_type", "fixed_small", _VARIANCES)}
+
+
+def _clipping(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("thresholding", False):
-        clipping, percentile = "dynamic", float(config.get("dynamic_thresholding_ratio", 0.995))
-    return schedule, prediction, SamplingConfig(variance=variance, x0_clipping=clipping, x0_percentile=percentile)
+        limit = config.get("sample_max_value", 1.0)
+        if limit != 1.0 and not limit >= _NO_LIMIT:
+            raise UserError(f"sample_max_value is {limit}; allowed are 1.0 (clipping) and from {_NO_LIMIT:g} on")
+        percentile = _number(config, "dynamic_thresholding_ratio", 0.995)
+        return {"x0_clipping": "clip"} if limit == 1.0 else {"x0_clipping": "dynamic", "x0_percentile": percentile}
+    if "clip_sample" not in config and config.get("_class_name", "DDPMScheduler") not in _CLIPPING:
+        return {}
+    return {"x0_clipping": "clip" if config.get("clip_sample", True) else "none"}
 
 
 def their_scheduler(config: TrainConfig) -> dict[str, Any]:
@@ -100,11 +130,18 @@ def their_scheduler(config: TrainConfig) -> dict[str, Any]:
     return fields
 
 
-def _known(config: Mapping[str, Any], field: str, default: str, known: Mapping[str, str], where: str) -> str:
+def _known(config: Mapping[str, Any], field: str, default: str, known: Mapping[str, str]) -> str:
     found = config.get(field, default)
-    if found not in known:
-        raise UserError(f"{where}: {field} is {found!r}; allowed are {', '.join(known)}")
+    if not isinstance(found, str) or found not in known:
+        raise UserError(f"{field} is {found!r}; allowed are {', '.join(known)}")
     return known[found]
+
+
+def _number(config: Mapping[str, Any], field: str, default: float) -> float:
+    found = config.get(field, default)
+    if not isinstance(found, int | float) or not 0 < found <= 1:
+        raise UserError(f"{field} is {str(found)[:40]}; allowed is a number above 0 and at most 1")
+    return float(found)
 
 
 def _inverse(words: Mapping[str, str], ours: str) -> str:

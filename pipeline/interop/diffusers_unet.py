@@ -28,6 +28,7 @@ _OURS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "num_class_embeds": (None, (None,)),
 }
 _DOWN, _UP = ("DownBlock2D", "AttnDownBlock2D"), ("UpBlock2D", "AttnUpBlock2D")
+_MOST_CHANNELS, _MOST_LAYERS, _MOST_PIXELS = 2**16, 100, 2**16
 # Read below, or without meaning for the network.
 _READ = {"sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels"}
 _READ |= {"layers_per_block", "dropout", "attention_head_dim", "norm_num_groups", "attn_norm_num_groups"}
@@ -47,13 +48,13 @@ def our_model(config: Mapping[str, Any], *, where: str, image_size: int | None =
     """
     given = {name: value for name, value in config.items() if not name.startswith("_")}
     if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise UserError(f"{where}: _class_name is {config['_class_name']}; only a UNet2DModel can be our network")
+        raise UserError(f"{where}: _class_name is {config['_class_name']!r}; only a UNet2DModel can be our network")
     try:
         misfits = _misfits(given)
-        model = _model(given, image_size, misfits, where)
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
+        model = _model(given, _size(given.get("sample_size"), image_size, misfits, where), misfits)
+    except UserError as error:
+        raise error if where in str(error) else UserError(f"{where}: {error}") from error
+    except Exception as error:  # whatever JSON can hold in the place of numbers and words
         raise UserError(f"{where} is no config of a UNet2DModel: {error!r}") from error
     if misfits:
         raise UserError(f"{where} is another network than ours, the DDPM paper's: {'; '.join(misfits)}")
@@ -105,14 +106,14 @@ def _misfits(given: Mapping[str, Any]) -> list[str]:
     return misfits
 
 
-def _model(given: Mapping[str, Any], image_size: int | None, misfits: list[str], where: str) -> ModelConfig:
-    widths = [int(width) for width in given["block_out_channels"]]
-    base, size = widths[0], _size(given.get("sample_size"), image_size, misfits, where)
+def _model(given: Mapping[str, Any], size: int, misfits: list[str]) -> ModelConfig:
+    widths = [_whole(given, "block_out_channels", width, _MOST_CHANNELS) for width in given["block_out_channels"]]
+    base = widths[0]
     if any(width % base for width in widths):
         misfits.append(f"block_out_channels is {widths}, ours are multiples of the first")
     if given.get("time_embedding_dim") not in (None, 4 * base):
         misfits.append(f"time_embedding_dim is {given['time_embedding_dim']}, ours {4 * base}")
-    channels, out = int(given.get("in_channels", 3)), int(given.get("out_channels", 3))
+    channels, out = given.get("in_channels", 3), given.get("out_channels", 3)
     if channels != out or channels not in (1, 3):
         misfits.append(f"in_channels is {channels} and out_channels {out}, ours both 1 or both 3")
     attends = _attention(given, misfits)
@@ -120,30 +121,40 @@ def _model(given: Mapping[str, Any], image_size: int | None, misfits: list[str],
     alone = {widths[-1]} | {width for width, attention in zip(widths, attends, strict=False) if attention}
     if head is not None and alone != {head}:
         misfits.append(f"attention_head_dim is {head}, ours one head of all channels (null)")
+    if not 0 <= (dropout := given.get("dropout", 0.0)) < 1:
+        raise UserError(f"dropout is {dropout}; allowed is a number in [0, 1)")
     model = ModelConfig(
         image_size=size,
         image_channels=channels if channels in (1, 3) else 3,
         base_channels=base,
         channel_mult=tuple(width // base for width in widths),
-        num_res_blocks=int(given.get("layers_per_block", 2)),
+        num_res_blocks=_whole(given, "layers_per_block", given.get("layers_per_block", 2), _MOST_LAYERS),
         attention_resolutions=tuple(size // 2**level for level, attention in enumerate(attends) if attention),
-        dropout=float(given.get("dropout", 0.0)),
+        dropout=float(dropout),
     )
     if not misfits:
         _check_groups(given, model, misfits)
     return model
 
 
+def _whole(given: Mapping[str, Any], field: str, value: Any, most: int) -> int:
+    """A size; beyond ``most`` even the shapes of a network would take for ever."""
+    if not isinstance(value, int) or not 1 <= value <= most:
+        raise UserError(f"{field} is {str(given.get(field))[:40]}; allowed are whole numbers in 1..{most}")
+    return value
+
+
 def _size(sample_size: Any, image_size: int | None, misfits: list[str], where: str) -> int:
-    sides = {int(side) for side in sample_size} if isinstance(sample_size, list) else {sample_size}
+    sides = set(sample_size) if isinstance(sample_size, list) else {sample_size}
     if len(sides) > 1:
         misfits.append(f"sample_size is {sample_size}, ours is square")
     found = image_size if sides == {None} else sides.pop()
     if found is None:
         raise UserError(f"{where} names no sample_size; give --image-size")
+    found = _whole({"sample_size": sample_size}, "sample_size", found, _MOST_PIXELS)
     if image_size is not None and image_size != found:
         raise UserError(f"--image-size {image_size}: {where} says sample_size {found}; leave the flag out")
-    return int(found)
+    return found
 
 
 def _attention(given: Mapping[str, Any], misfits: list[str]) -> list[bool]:

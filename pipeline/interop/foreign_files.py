@@ -2,19 +2,17 @@
 
 import io
 import json
-import pickle
 from collections.abc import Mapping
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 
-__all__ = ["Tensors", "read_object", "read_tensors"]
+__all__ = ["Tensors", "load", "read_object", "read_tensors", "state_dict"]
 
 Tensors = dict[str, Tensor]
 
@@ -30,29 +28,44 @@ def read_object(location: str) -> dict[str, Any]:
     """
     try:
         found = json.loads(_read(location))
-    except ValueError as error:
-        raise UserError(f"{location} is no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{location} is no JSON: {first_line(error)}") from error
     if not isinstance(found, dict):
         raise UserError(f"{location} holds a {type(found).__name__}; give a JSON object")
     return found
 
 
 def read_tensors(location: str) -> Tensors:
-    """Reads a state dict: safetensors, or a file of ``torch.save`` that holds tensors alone (``weights_only``).
+    """Reads a state dict. Raises as ``load`` and ``state_dict``."""
+    return state_dict(load(location), location)
 
-    Returns:
-        Tensors by name, float32, without the ``module.`` that data parallelism puts before the names.
+
+def load(location: str) -> Any:
+    """What a file holds: safetensors, or a file of ``torch.save`` with nothing but tensors (``weights_only``).
 
     Raises:
-        UserError: No such file, another format, other things than tensors by name, or a dtype that is not float32,
-            float16 or bfloat16.
+        UserError: No such file, or another format.
     """
     data = _read(location)
-    found = _torch_load(data, location) if _is_torch_file(data) else _safetensors_load(data, location)
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+    return _torch_load(data, location) if _is_torch_file(data) else _safetensors_load(data, location)
+
+
+def state_dict(found: Any, location: str) -> Tensors:
+    """Tensors by name, float32, without the ``module.`` that data parallelism puts before the names.
+
+    Raises:
+        UserError: Other things than tensors by name, or a dtype that is not float32, float16 or bfloat16.
+    """
+    if not _is_state_dict(found):
         held = f"{type(found).__name__} of {len(found)}" if hasattr(found, "__len__") else type(found).__name__
         raise UserError(f"{location} holds a {held}; give a state dict: tensors by name, and nothing else")
-    return {str(name).removeprefix("module."): _widened(value, str(name), location) for name, value in found.items()}
+    return {name.removeprefix("module."): _widened(value, name, location) for name, value in found.items()}
+
+
+def _is_state_dict(found: Any) -> bool:
+    return isinstance(found, Mapping) and all(
+        isinstance(name, str) and name.isprintable() and isinstance(value, Tensor) for name, value in found.items()
+    )
 
 
 def _read(location: str) -> bytes:
@@ -70,7 +83,7 @@ def _is_torch_file(data: bytes) -> bool:
 def _torch_load(data: bytes, location: str) -> Any:
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except Exception as error:  # a damaged file ends in whatever its bytes happen to call
         raise UserError(
             f"{location} is no file of torch.save that holds tensors alone; save the state dict itself, or give "
             "safetensors (programs in pickles are never run)"
@@ -80,12 +93,17 @@ def _torch_load(data: bytes, location: str) -> Any:
 def _safetensors_load(data: bytes, location: str) -> Tensors:
     try:
         return safetensors.torch.load(data)
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise UserError(f"{location} is neither a safetensors file nor one of torch.save: {error}") from error
+    except Exception as error:  # SafetensorError, and what torch says to sizes and names that a header may claim
+        why = first_line(error)
+        raise UserError(f"{location} is neither a safetensors file nor one of torch.save: {why}") from error
 
 
 def _widened(tensor: Tensor, name: str, location: str) -> Tensor:
     if tensor.dtype not in _WIDENED:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _WIDENED)
         raise UserError(f"{location}: {name} is {str(tensor.dtype).removeprefix('torch.')}; give {allowed}")
-    return tensor.float()
+    # Strides of zero let a few bytes stand for a tensor that no memory holds.
+    is_dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not is_dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(f"{location} is damaged or packed in a rare way: {name} has not all its values; save it again")
+    return tensor.detach().float()

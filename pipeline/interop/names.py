@@ -107,7 +107,7 @@ def our_tensors(theirs: Mapping[str, Tensor], model: ModelConfig, name_of: NameO
         found, wanted = [tuple(tensor.shape) for tensor in tensors], (shape[0] // len(names), *shape[1:])
         if any(_trimmed(each) != _trimmed(wanted) for each in found):
             raise UserError(f"{where}: {names[0]} has the shape {list(found[0])}, our {name} takes {list(wanted)}")
-        ours[name] = torch.cat(tensors).reshape(shape).contiguous()
+        ours[name] = torch.cat([tensor.reshape(wanted) for tensor in tensors]).reshape(shape).contiguous()
     if left_over := sorted(theirs.keys() - used):
         raise UserError(f"{where} has {len(left_over)} weights that our network lacks: {', '.join(left_over[:3])}")
     return ours

@@ -151,14 +151,16 @@ class ModelPictures:
             ends_at = finish(denoise, model.schedule, config, x_t, t, noise, is_ancestral=is_ancestral)
             found = to_uint8(ends_at).cpu()
             rows.append(Row(images=[None, *found, None], label=f"t = {t}", is_apart=row == 0))
-        names = ["source", *(f"{s:g}" for s in _SHARES), "source"]
+        title = "Interpolation at step t, with a share s of the right image"
+        names = ["source", *(f"s = {s:g}" for s in _SHARES), "source"]
         return Picture(
             name="interpolation",
             title="Interpolation",
-            caption="Two real images are noised to step t, mixed, and brought back (DDPM Fig. 8), by DDIM or, with "
-            "--sampler ddpm, with the same noise for all mixes. The first row mixes pixels. Small t: details are "
-            "repaired. Large t: other images, which have less and less to do with the sources.",
-            png=draw_sheet("Interpolation at step t", names, rows, set_apart=(1, len(_SHARES) + 1)),
+            caption="Two real images are noised to step t, mixed with a share s of the right one, and brought back "
+            "(DDPM Fig. 8), by DDIM or, with --sampler ddpm, with the same noise for all mixes. The first row mixes "
+            "pixels. Small t: details are repaired. Large t: other images, which have less and less to do with the "
+            "sources.",
+            png=draw_sheet(title, names, rows, set_apart=(1, len(_SHARES) + 1)),
         )
 
     def neighbours(self, data: DataSet) -> Picture:

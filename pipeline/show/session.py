@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -14,12 +14,13 @@ from pipeline.diffusion.noise_schedule import NoiseSchedule, make_schedule
 from pipeline.errors import UserError
 from pipeline.show.page import Picture, render
 from pipeline.show.pictures import ModelPictures, forward, schedule_curves
-from pipeline.show.subject import Model, find_checkpoint, load_data, load_model
+from pipeline.show.subject import DataSet, Model, find_checkpoint, load_data, load_model
 from pipeline.tracking import Tracker
 
 __all__ = ["Shown", "show"]
 
 _OF_A_MODEL = ("trajectory", "progressive", "sharing", "interpolation", "neighbours")
+_OF_IMAGES = {"forward", "interpolation", "neighbours"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +84,12 @@ def _draw(config: ShowConfig, model: Model | None) -> Iterator[Picture]:
     schedules = _schedules(config, model)
     if "schedules" in wanted:
         yield schedule_curves(schedules)
-    if wanted == ["schedules"]:
-        return
-    data = load_data(config, model)
+    data = load_data(config, model) if set(wanted) & _OF_IMAGES else None
     seed = config.sampling.sample_seed
-    images = data.images(max(2, config.num_images), seed)
+    images = data.images(max(2, config.num_images), seed) if data else torch.empty(0)
     if "forward" in wanted:
         yield forward(images[: config.num_images], {name: each.to("cpu") for name, each in schedules.items()}, seed)
-    if model is None:
+    if model is None or not set(wanted) & set(_OF_A_MODEL):
         return
     of_model = ModelPictures(model, config.sampling, config.num_images)
     drawn: dict[str, Callable[[], Picture]] = {
@@ -98,7 +97,7 @@ def _draw(config: ShowConfig, model: Model | None) -> Iterator[Picture]:
         "progressive": of_model.progressive,
         "sharing": of_model.sharing,
         "interpolation": lambda: of_model.interpolation(images[:2]),
-        "neighbours": lambda: of_model.neighbours(data),
+        "neighbours": lambda: of_model.neighbours(cast(DataSet, data)),
     }
     for name, draw in drawn.items():
         if name in wanted:
@@ -132,7 +131,7 @@ def _facts(config: ShowConfig, model: Model | None) -> dict[str, str]:
     classes = f", guidance {sampling.guidance:g}" if trained.model.num_classes else ""
     back = "ddpm" if sampling.sampler == "ddpm" else "ddim"
     return {
-        "model": f"{trained.name or 'model'}, step {model.meta.step:,}, EMA weights",
+        "model": f"{trained.name or model.name.rpartition('-step-')[0]}, step {model.meta.step:,}, EMA weights",
         "trained on": str(model.meta.data["location"]),
         "predicts": trained.model.prediction,
         "trajectory, progressive, neighbours": f"{sampling.sampler}, {sampling.sampling_steps} steps{classes}",

@@ -1,7 +1,7 @@
 """What is shown: a model from a folder or from MLflow, and real images."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,16 @@ from pipeline.diffusion.noise_schedule import NoiseSchedule
 from pipeline.diffusion.unet import UNet
 from pipeline.errors import UserError
 from pipeline.generation import check_sampling
-from pipeline.model_folder import EMA_FILE, META_FILE, Meta, build_schedule, build_unet, load_tensors, read_meta
+from pipeline.model_folder import (
+    EMA_FILE,
+    META_FILE,
+    Meta,
+    build_schedule,
+    build_unet,
+    fetch_model,
+    load_tensors,
+    read_meta,
+)
 from pipeline.tracking import Checkpoint, Tracker
 
 __all__ = ["DataSet", "Model", "find_checkpoint", "load_data", "load_model"]
@@ -27,7 +36,7 @@ class Model:
     """A network with its averaged weights, ready to sample."""
 
     name: str
-    """For titles and folders: run and step."""
+    """For titles and folders: run (of an imported model its folder) and step."""
     unet: UNet
     schedule: NoiseSchedule
     meta: Meta
@@ -59,6 +68,11 @@ def load_data(config: ShowConfig, model: Model | None) -> DataSet:
     Raises:
         UserError: There is none, or its images are not of the model's shape.
     """
+    if config.data is None and model is not None and not model.meta.data.get("digest"):
+        raise UserError(
+            f"--checkpoint {config.checkpoint} is an imported model, which names no training images: give --data for "
+            "forward, interpolation and neighbours, or --pictures without them"
+        )
     wanted = config.data or (str(model.meta.data["location"]) if model else "digits")
     location = storage.resolve(wanted, "data")
     manifest = load_manifest(location)
@@ -79,17 +93,18 @@ def load_model(config: ShowConfig, tracker: Tracker | None, checkpoint: Checkpoi
     with tempfile.TemporaryDirectory(prefix="ddpm-show-") as name:
         if checkpoint is not None:
             assert tracker is not None
-            return _load(config, tracker.download(checkpoint, Path(name)))
+            folder = tracker.download(checkpoint, Path(name))
+            meta = read_meta(folder)
+            return _load(config, meta, load_tensors(folder, EMA_FILE, meta), "model")
         if config.checkpoint is None:
             return None
         location = storage.resolve(config.checkpoint)
         try:
-            for file in (EMA_FILE, META_FILE):
-                (Path(name) / file).write_bytes(storage.read_bytes(storage.join(location, file)))
+            meta, tensors = fetch_model(location, Path(name))
         except (FileNotFoundError, NotADirectoryError) as error:
             wanted = f"a folder with {EMA_FILE} and {META_FILE}, as training publishes and keeps them"
             raise UserError(f"--checkpoint {location} is no model: give {wanted}") from error
-        return _load(config, Path(name))
+        return _load(config, meta, tensors, location.rpartition("/")[2])
 
 
 def find_checkpoint(config: ShowConfig, tracker: Tracker) -> Checkpoint:
@@ -116,15 +131,14 @@ def _listed(steps: Sequence[int]) -> str:
     return ", ".join(map(str, steps))
 
 
-def _load(config: ShowConfig, folder: Path) -> Model:
-    meta = read_meta(folder)
+def _load(config: ShowConfig, meta: Meta, tensors: Mapping[str, Tensor], folder: str) -> Model:
     check_sampling(config.sampling, meta.config)
     device = torch.device("cuda" if config.use_gpu else "cpu")
     unet = build_unet(meta.config.model)
-    unet.load_state_dict(load_tensors(folder, EMA_FILE, meta))
+    unet.load_state_dict(tensors)
     unet.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Model(
-        name=f"{meta.config.name or 'model'}-step-{meta.step}",
+        name=f"{meta.config.name or folder}-step-{meta.step}",
         unet=unet.eval(),
         schedule=build_schedule(meta.config.diffusion).to(device),
         meta=meta,

@@ -9,7 +9,7 @@ from torch import nn
 from pipeline import storage
 from pipeline.config import ModelConfig, TrainConfig, to_flat
 from pipeline.errors import UserError
-from pipeline.model_folder import EMA_FILE, META_FILE, fetch_model, read_meta
+from pipeline.model_folder import EMA_FILE, META_FILE, fetch_model, read_meta, shown_as
 
 __all__ = ["check_initial_weights", "load_initial_weights"]
 
@@ -34,7 +34,8 @@ def check_initial_weights(config: TrainConfig) -> None:
                 f"--init-from {location} is no model: give a folder with {EMA_FILE} and {META_FILE}, as training and "
                 "jobs/convert.py write them"
             ) from error
-        found = read_meta(Path(folder)).config.model
+        with shown_as(Path(folder), location):
+            found = read_meta(Path(folder)).config.model
     if changed := _differences(found, config.model):
         raise UserError(
             f"--init-from {location} is another network: {'; '.join(changed)}; give these flags as they were"

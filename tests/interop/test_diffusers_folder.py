@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config import ConvertConfig, ModelConfig, SamplingConfig, ScheduleConfig, TrainConfig
+from pipeline.config import ConvertConfig, ModelConfig, RecipeConfig, SamplingConfig, ScheduleConfig, TrainConfig
 from pipeline.diffusion.denoisers import eps_denoiser
 from pipeline.diffusion.samplers import ancestral
 from pipeline.diffusion.timesteps import sampling_timesteps
-from pipeline.errors import UserError
+from pipeline.errors import UserError, WorldError
 from pipeline.interop.diffusers_scheduler import our_schedule, their_scheduler
+from pipeline.interop.recipe import complete
 from pipeline.interop.session import convert
 from pipeline.model_folder import EMA_FILE, build_schedule, build_unet, fetch_model, write_meta, write_tensors
 
@@ -191,9 +192,11 @@ def test_our_model_comes_back_bit_for_bit(tmp_path):
 def test_schedule_prediction_variance_and_clipping_come_back(diffusion, prediction, variance, clipping):
     sampling = SamplingConfig(variance=variance, x0_clipping=clipping, x0_percentile=0.9)
     config = TrainConfig(model=replace(SMALL, prediction=prediction), diffusion=diffusion, sampling=sampling)
-    found, predicts, samples = our_schedule(json.loads(json.dumps(their_scheduler(config))), where="here")
-    assert (found, predicts) == (diffusion, prediction)
-    assert (samples.variance, samples.x0_clipping) == (variance, clipping)
+    told = our_schedule(json.loads(json.dumps(their_scheduler(config))), where="here")
+    made = complete(told, RecipeConfig(), TrainConfig(), "here")
+    assert (made.config.diffusion, made.config.model.prediction) == (diffusion, prediction)
+    assert (made.config.sampling.variance, made.config.sampling.x0_clipping) == (variance, clipping)
+    assert made.notes == ()
 
 
 def test_a_cosine_that_they_have_no_name_for_goes_out_as_its_betas():
@@ -274,7 +277,8 @@ def test_their_pipeline_samples_an_exported_model_as_our_sampler_does(tmp_path, 
         ({"a_field_of_tomorrow": 1}, "a_field_of_tomorrow is not known"),
         ({"_class_name": "UNet2DConditionModel"}, "only a UNet2DModel can be our network"),
         ({"sample_size": None}, "names no sample_size; give --image-size"),
-        ({"block_out_channels": "wide"}, "is no config of a UNet2DModel"),
+        ({"block_out_channels": "wide"}, "block_out_channels is wide; allowed are whole numbers"),
+        ({"block_out_channels": 7}, "is no config of a UNet2DModel"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -292,13 +296,93 @@ def test_a_network_that_ours_cannot_be_is_refused_with_the_field(theirs, tmp_pat
         ({"beta_schedule": "laplace"}, "beta_schedule is 'laplace'; allowed are linear"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas is [0.1, 0.2]; allowed is None"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True; allowed is False"),
-        ({"_class_name": "EulerDiscreteScheduler"}, "give the config of a DDPMScheduler or DDIMScheduler"),
+        ({"thresholding": True, "sample_max_value": 10.0}, "sample_max_value is 10.0; allowed are 1.0 (clipping) and"),
+        ({"thresholding": True, "sample_max_value": 0.5}, "sample_max_value is 0.5; allowed are 1.0 (clipping) and"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_schedule_that_ours_cannot_be_is_refused_with_the_field(theirs, tmp_path, changes, words):
     folder = edited(theirs[0], tmp_path / "edited", "scheduler", **changes)
     assert words in refusal(f"diffusers:{folder}", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["DDIM", "PNDM", "DPMSolverMultistep", "UniPCMultistep", "EulerDiscrete"])
+def test_other_schedulers_tell_the_schedule_and_what_they_do_not_say_is_named(theirs, tmp_path, name):
+    other = getattr(diffusers, f"{name}Scheduler")(beta_start=2e-4, beta_end=0.03, beta_schedule="scaled_linear")
+    folder = edited(theirs[0], tmp_path / "edited", "unet")
+    other.save_pretrained(folder / "scheduler")
+    made = convert(ConvertConfig(source=f"diffusers:{folder}", destination=str(tmp_path / "ours")))
+    found, _ = read(tmp_path, tmp_path / "ours")
+    assert found.diffusion == ScheduleConfig(schedule="quadratic", T=1000, beta_start=2e-4, beta_end=0.03)
+    assert "--variance fixed-large" in made.text()
+    assert ("--x0-clipping" in made.text()) == (name != "DDIM")
+    assert "--schedule" not in made.text()
+
+
+def test_a_scheduler_without_betas_is_refused(theirs, tmp_path):
+    folder = edited(theirs[0], tmp_path / "edited", "unet")
+    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    message = refusal(f"diffusers:{folder}", tmp_path)
+    assert "_class_name is 'FlowMatchEulerDiscreteScheduler', without beta_schedule; give a DDPMScheduler" in message
+
+
+def test_a_network_alone_gets_the_papers_schedule_and_the_output_says_so(theirs, tmp_path):
+    theirs[1].save_pretrained(tmp_path / "unet")
+    source = f"diffusers:{tmp_path / 'unet'}"
+    made = convert(ConvertConfig(source=source, destination=str(tmp_path / "ours")))
+    assert made.notes == (
+        "assumed, as the paper has it and the source does not say: --schedule linear --T 1000 --beta-start 0.0001 "
+        "--beta-end 0.02 --prediction eps --variance fixed-large --x0-clipping clip",
+    )
+    recipe = RecipeConfig(schedule="cosine", T=400, variance="fixed-small")
+    made = convert(ConvertConfig(source=source, destination=str(tmp_path / "flags"), recipe=recipe))
+    found, _ = read(tmp_path, tmp_path / "flags")
+    assert found.diffusion == ScheduleConfig(schedule="cosine", T=400)
+    assert found.sampling.variance == "fixed-small"
+    assert made.notes[0].endswith("does not say: --prediction eps --x0-clipping clip")
+
+
+def test_a_pipeline_whose_scheduler_got_lost_is_refused(theirs, tmp_path):
+    theirs[1].save_pretrained(tmp_path / "lost" / "unet")
+    (tmp_path / "lost" / "model_index.json").write_text("{}")
+    assert "has no scheduler/scheduler_config.json" in refusal(f"diffusers:{tmp_path / 'lost'}", tmp_path)
+
+
+def test_a_flag_against_the_folder_is_refused(theirs, tmp_path):
+    message = refusal(f"diffusers:{theirs[0]}", tmp_path, recipe=RecipeConfig(T=500))
+    assert message == f"--T 500: {theirs[0]}/scheduler/scheduler_config.json says 1000; leave the flag out"
+
+
+def test_a_schedule_that_the_flags_make_impossible_is_refused(theirs, tmp_path):
+    theirs[1].save_pretrained(tmp_path / "unet")
+    assert "need 0 < beta_start <= beta_end < 1" in refusal(
+        f"diffusers:{tmp_path / 'unet'}", tmp_path, recipe=RecipeConfig(beta_start=0.5)
+    )
+
+
+def test_thresholding_with_their_default_limit_is_clipping():
+    config = their_scheduler(TrainConfig()) | {"thresholding": True, "sample_max_value": 1.0}
+    assert our_schedule(config, where="here")["x0_clipping"] == "clip"
+    assert our_schedule(config | {"sample_max_value": 1e9}, where="here")["x0_clipping"] == "dynamic"
+
+
+def test_weights_of_one_variant_are_read_and_several_files_are_named(theirs, tmp_path):
+    folder = edited(theirs[0], tmp_path / "edited", "unet")
+    whole = folder / "unet/diffusion_pytorch_model.safetensors"
+    half = whole.with_name("diffusion_pytorch_model.fp16.safetensors")
+    write_tensors(half.parent, half.name, {name: each.half() for name, each in theirs[1].state_dict().items()})
+    whole.unlink()
+    made = convert(ConvertConfig(source=f"diffusers:{folder}", destination=str(tmp_path / "ours")))
+    assert "read diffusion_pytorch_model.fp16.safetensors, the only weights there" in made.text()
+
+    half.with_name("diffusion_pytorch_model.non_ema.bin").write_bytes(b"")
+    message = refusal(f"diffusers:{folder}", tmp_path)
+    assert "several variants (diffusion_pytorch_model.fp16.safetensors, diffusion_pytorch_model.non_ema.bin)" in message
+    half.rename(half.with_name("diffusion_pytorch_model-00001-of-00002.safetensors"))
+    assert "in several files (diffusion_pytorch_model-00001-of-00002" in refusal(f"diffusers:{folder}", tmp_path)
+    for path in half.parent.glob("diffusion*"):
+        path.unlink()
+    assert "has no diffusion_pytorch_model.safetensors and no" in refusal(f"diffusers:{folder}", tmp_path)
 
 
 def test_weights_that_are_missing_left_over_or_of_another_shape_are_refused_by_name(theirs, tmp_path):
@@ -326,6 +410,32 @@ def test_a_destination_that_holds_a_model_is_refused(theirs, tmp_path):
     run(f"diffusers:{theirs[0]}", tmp_path / "ours")
     with pytest.raises(UserError, match=r"holds a model \(meta.json\); choose another place or delete it"):
         run(f"diffusers:{theirs[0]}", tmp_path / "ours")
+
+
+def test_a_destination_with_other_files_is_refused_and_left_alone(theirs, tmp_path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match=r"holds other files \(thesis.tex\); give a new or an empty folder"):
+        run(f"diffusers:{theirs[0]}", taken)
+    assert [path.name for path in taken.iterdir()] == ["thesis.tex"]
+    with pytest.raises(UserError, match="is a file; give a new"):
+        run(f"diffusers:{theirs[0]}", taken / "thesis.tex")
+
+
+def test_what_a_killed_import_left_is_written_again(theirs, tmp_path):
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / EMA_FILE).write_bytes(b"half")
+    run(f"diffusers:{theirs[0]}", tmp_path / "ours")
+    read(tmp_path, tmp_path / "ours")
+
+
+def test_a_damaged_model_is_named_by_the_place_that_was_given(tmp_path):
+    write_model(tmp_path / "model", TrainConfig(model=SMALL))
+    weights = tmp_path / "model" / EMA_FILE
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(WorldError, match=f"^{weights} is damaged"):
+        run(f"model:{tmp_path / 'model'}", tmp_path / "theirs")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from ported import ported
 from torch import Tensor
 
-from pipeline.config import ModelConfig, ScheduleConfig
+from pipeline.config import ModelConfig, RecipeConfig, ScheduleConfig
 from pipeline.errors import UserError
 from pipeline.interop.state_dicts import read_state_dict
 from pipeline.model_folder import build_unet, write_tensors
@@ -55,11 +55,31 @@ def test_the_papers_network_is_read_bit_for_bit(tmp_path, ours, theirs, form):
         torch.save({f"module.{name}": tensor for name, tensor in theirs.items()}, location)
     else:
         torch.save(theirs, location, _use_new_zipfile_serialization=form == "torch")
-    config, tensors = read_state_dict(location, image_size=16)
+    made = read_state_dict(location, image_size=16)
+    config, tensors = made.config, made.tensors
+    assert "--variance fixed-small" in made.notes[0]
     assert config.model == MODEL
     assert config.diffusion == ScheduleConfig(schedule="linear", T=1000, beta_start=1e-4, beta_end=0.02)
     assert tensors.keys() == ours.keys()
     assert all(torch.equal(tensors[name], ours[name]) for name in ours)
+
+
+def test_at_32_pixels_the_variance_is_that_of_the_papers_cifar10_recipe_unless_a_flag_says_so(tmp_path, theirs):
+    location = save(theirs, tmp_path)
+    assert read_state_dict(location, image_size=32).config.sampling.variance == "fixed-large"
+    made = read_state_dict(location, image_size=32, given=RecipeConfig(variance="fixed-small"))
+    assert made.config.sampling.variance == "fixed-small"
+    assert "--variance" not in made.notes[0]
+
+
+@pytest.mark.parametrize("has_ema", [True, False])
+def test_of_what_a_training_of_ermongroup_saves_the_average_is_read(tmp_path, ours, theirs, has_ema):
+    raw = {f"module.{name}": tensor + (1 if has_ema else 0) for name, tensor in theirs.items()}
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(1))]).state_dict()
+    made = read_state_dict(save([raw, optimizer, 3, 5000, *([theirs] if has_ema else [])], tmp_path), image_size=16)
+    assert all(torch.equal(made.tensors[name], ours[name]) for name in ours)
+    what = "its EMA, the fifth entry" if has_ema else "its last weights, the first entry: it has no EMA"
+    assert made.notes[1] == f"read {what} of a checkpoint of step 5,000"
 
 
 def test_the_size_of_the_images_must_be_given(tmp_path, theirs):

@@ -68,13 +68,11 @@ def test_an_unknown_kind_of_source_is_refused_with_the_known_ones(source):
 
 def test_flags_of_an_import_are_refused_for_an_export():
     words = ["--source", "model:x", "--destination", "y", "--step", "3"]
-    assert "--image-size and --step belong to an import" in refusal(*words)
+    assert "--image-size, --step and what the paper would fill in belong to an import" in refusal(*words)
 
 
 def test_a_refusal_is_one_line_and_exit_code_2(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", "sample_size": 0}))
     done = run_job("convert", "--source", f"diffusers:{tmp_path}", "--destination", str(tmp_path / "x"))
     assert done.code == 2
-    assert done.stderr == f"error: {tmp_path} has no scheduler/scheduler_config.json; give a folder that " + (
-        "DDPMPipeline.save_pretrained wrote\n"
-    )
+    assert done.stderr == (f"error: {tmp_path}/config.json: sample_size is 0; allowed are whole numbers in 1..65536\n")

@@ -1,6 +1,7 @@
 """Pictures of schedules and models: what they show, that they are repeatable, and what is refused."""
 
 import io
+import json
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from pipeline.config import SamplingConfig, ShowConfig
 from pipeline.diffusion.noise_schedule import make_schedule
 from pipeline.diffusion.process import q_sample
 from pipeline.diffusion.stepping import everywhere
-from pipeline.errors import UserError
+from pipeline.errors import UserError, WorldError
 from pipeline.generation import denoiser_of, generate_chunk
 from pipeline.images import to_uint8
 from pipeline.show.neighbours import nearest
@@ -93,6 +94,42 @@ def test_a_run_is_shown_at_the_step_that_is_asked_for(tracker: Tracker):
         show(ShowConfig(run="steps", step=6, sampling=FEW))
     with pytest.raises(UserError, match=r"no run is called 'nobody'.*steps"):
         show(ShowConfig(run="nobody"))
+
+
+@pytest.fixture
+def imported(tmp_path: Path) -> Path:
+    """A model of others: no run, no data set."""
+    write_model(tmp_path / "of-others", name="x", step=7, seed=0, location=prepare_digits(), noise=0.1)
+    meta = tmp_path / "of-others" / "meta.json"
+    record = json.loads(meta.read_text())
+    record["config"]["name"] = None
+    record["data"] = {"location": "unknown: imported from here", "digest": "", "num_images": 0, "class_names": []}
+    meta.write_text(json.dumps(record))
+    return tmp_path / "of-others"
+
+
+def test_an_imported_model_is_shown_under_its_folders_name_where_no_images_are_needed(imported: Path):
+    shown = show(ShowConfig(checkpoint=str(imported), pictures=("schedules", "trajectory"), num_images=1, sampling=FEW))
+    assert names(shown) == ["schedules", "trajectory"]
+    assert Path(shown.page).parent.name == "of-others-step-7"
+    assert "of-others, step 7" in Path(shown.page).read_text()
+
+
+def test_pictures_of_an_imported_model_that_need_images_ask_for_data(imported: Path):
+    with pytest.raises(UserError, match="is an imported model, which names no training images: give --data for"):
+        show(ShowConfig(checkpoint=str(imported), num_images=1, sampling=FEW))
+    shown = show(ShowConfig(checkpoint=str(imported), pictures=("forward",), data="digits", num_images=1))
+    assert names(shown) == ["forward"]
+
+
+def test_a_damaged_model_is_named_by_the_place_that_was_given(model_folder: Path):
+    weights = model_folder / "ema.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(WorldError, match=f"^{weights} is damaged"):
+        show(ShowConfig(checkpoint=str(model_folder), pictures=("trajectory",)))
+    (model_folder / "meta.json").write_text("{}")
+    with pytest.raises(WorldError, match=f"^{model_folder}/meta.json is missing or damaged"):
+        show(ShowConfig(checkpoint=str(model_folder), pictures=("trajectory",)))
 
 
 def test_pictures_that_need_a_model_are_refused_without_one():
