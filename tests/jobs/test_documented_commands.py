@@ -61,6 +61,7 @@ FILLED = {
     r"^cifar10(-test)?:(PATH|CIFAR)$": r"cifar10\1:cifar-10-binary.tar.gz",
     r"^webdataset:s3://BUCKET/.*": "webdataset:shards-{00000..00001}.tar",
     r"^/scratch/.*": "scratch",
+    r"^50000$": "6",
     r"^first:250$": "first:3",
     r"^first:1500$": "first:6",
 }
