@@ -83,15 +83,19 @@ class Cluster:
 
 
 @contextmanager
-def cluster(*, head_cpus: int) -> Iterator[Cluster]:
+def cluster(*, head_cpus: int, token: bool = True) -> Iterator[Cluster]:
     """Starts a head; ends all nodes at the end."""
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short sockets
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         # The token of this process: Ray reads it once, and a test may join the cluster itself.
-        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]}
-        environment = {**token, **FAST_DEATHS, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+        secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]}
+        environment = {
+            **(secret if token else {"RAY_AUTH_MODE": "disabled"}),
+            **FAST_DEATHS,
+            "RAY_ADDRESS": f"127.0.0.1:{port}",
+        }
         new = Cluster(folder=Path(folder), port=port, environment=environment)
         try:
             new.add_node(num_cpus=head_cpus, head=True)

@@ -6,12 +6,13 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline import storage
 from pipeline.doctor.finding import Finding, fail, ok, warn
 
-__all__ = ["disks", "packages", "shared_memory", "torch_devices"]
+__all__ = ["disks", "packages", "shared_memory", "torch_devices", "versions"]
 
 GIB = 2**30
 _LEAST_SHARED_BYTES = GIB
@@ -52,10 +53,18 @@ def disk(place: Path) -> Finding:
     return ok("disk", text)
 
 
-def packages(constraints: Path = Path(__file__).parents[2] / "constraints.txt") -> list[Finding]:
-    """The installed versions of what the project names itself, beside the pinned ones."""
-    if not constraints.exists():
-        return [ok("versions", f"Python {sys.version.split()[0]}; no constraints.txt here to compare with")]
+def packages(folders: Sequence[Path] = (Path(__file__).parents[2], Path())) -> list[Finding]:
+    """The installed versions of what the project names itself, beside those of the first ``constraints.txt``.
+
+    Args:
+        folders: Where to look: beside the code, and in the working directory, since an image installs the code alone.
+    """
+    constraints = next(
+        (folder / "constraints.txt" for folder in folders if (folder / "constraints.txt").exists()), None
+    )
+    if constraints is None:
+        text = f"Python {sys.version.split()[0]}; no constraints.txt to compare with, here or beside the code"
+        return [warn("versions", text, "run it in the project's folder: ray job submit --working-dir .")]
     pinned = dict(
         line.split("==", 1) for line in constraints.read_text().splitlines() if re.match(r"[A-Za-z0-9_.-]+==", line)
     )
@@ -106,6 +115,12 @@ def _gpus() -> Finding:
         return fail("torch", "NCCL adds wrongly over the GPUs", "NCCL_DEBUG=INFO shows which link it uses")
     nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     return ok("torch", f"torch {torch.__version__}, NCCL {nccl}, {count} GPUs: {torch.cuda.get_device_name(0)}")
+
+
+def versions() -> dict[str, str]:
+    """The installed version of Python and of what the project names itself."""
+    found = {name: _installed(name) for name in _direct()}
+    return {"python": sys.version.split()[0], **{name: version for name, version in found.items() if version}}
 
 
 def _direct() -> list[str]:
