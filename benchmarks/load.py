@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from report import machine, markdown
 from torch.distributed import TCPStore
 
 from pipeline.data.order import StreamOrder, streams_of_rank
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, results
 from pipeline.tracking.runs import TrackedRun
 
 _EXPERIMENT = "load"
@@ -89,14 +90,17 @@ class Writer:
         self.published.append(step)
 
     def lost(self) -> int:
-        """Records and checkpoints that MLflow has not, or has twice."""
-        history = self.run._client.get_metric_history(self.run.run_id, _KEYS[0])
-        kept = sorted(metric.step for metric in history)
-        return (
-            abs(len(kept) - len(self.steps))
-            + len(set(self.steps) ^ set(kept))
-            + len(set(self.published) ^ self.run.published_steps())
-        )
+        """Values, checkpoints and sheets that MLflow has not, or has twice."""
+        client, run_id = self.run._client, self.run.run_id
+        published = set(self.published)
+        count = len(published ^ self.run.published_steps()) + len(published ^ set(results.sheet_steps(client, run_id)))
+        for key in _KEYS:
+            kept, wanted = (
+                Counter(metric.step for metric in client.get_metric_history(run_id, key)),
+                Counter(self.steps),
+            )
+            count += (kept - wanted).total() + (wanted - kept).total()
+        return count
 
 
 def main(arguments: Arguments) -> None:

@@ -9,10 +9,11 @@ import logging
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from urllib.parse import urlsplit
 
 from pipeline.errors import UserError, WorldError
 
-__all__ = ["connect", "fits", "inventory", "require", "set_environment", "set_patience", "token"]
+__all__ = [
+    "admits_stranger", "connect", "dashboard", "fits", "inventory", "on_each_node", "require", "set_environment",
+    "set_patience", "token",
+]  # fmt: skip
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -127,6 +131,63 @@ def inventory() -> tuple[int, dict[str, float]]:
 
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     return sum(node["Alive"] for node in nodes), dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
+
+
+def on_each_node(look: Callable[[], Any], *, num_gpus: int, seconds: float) -> dict[str, Any]:
+    """What a function returns on every living node, by its address; an exception instead if it failed there.
+
+    Args:
+        look: Takes no CPU, so that it runs beside jobs.
+        num_gpus: GPUs that it holds; nodes with fewer are left out.
+        seconds: How long to wait for all; a node that is not done then has a ``TimeoutError``.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    task = ray.remote(num_cpus=0, num_gpus=num_gpus, max_retries=0)(look)
+    asked: dict[str, Any] = {}
+    for node in alive:
+        if node["Resources"].get("GPU", 0) >= num_gpus:
+            name = node["NodeManagerAddress"]
+            name = name if name not in asked else f"{name} ({node['NodeID'][:8]})"
+            place = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+            asked[name] = task.options(scheduling_strategy=place).remote()
+    done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds) if asked else ([], [])
+    return {name: _outcome(ref, ref in done, seconds) for name, ref in asked.items()}
+
+
+def _outcome(ref: Any, is_done: bool, seconds: float) -> Any:
+    import ray
+
+    if not is_done:
+        ray.cancel(ref, force=True)
+        return TimeoutError(f"no answer in {seconds:.0f} s")
+    try:
+        return ray.get(ref)
+    except Exception as error:
+        return getattr(error, "cause", None) or error
+
+
+def dashboard() -> str | None:
+    """The address of the joined cluster's dashboard; None if it has none."""
+    from ray._private.worker import get_dashboard_url
+
+    address = get_dashboard_url()  # type: ignore[no-untyped-call]
+    return f"http://{address}" if address else None
+
+
+def admits_stranger(address: str) -> bool:
+    """Whether a process with a token that nobody made joins the cluster."""
+    hidden = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_AUTH_TOKEN_PATH")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_ADDRESS": address}
+    code = "import ray; ray.init(log_to_driver=False); ray.cluster_resources()"
+    try:
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
 
 
 def token() -> str | None:

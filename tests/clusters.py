@@ -91,13 +91,17 @@ class Cluster:
 
 
 @contextmanager
-def cluster(*, head_cpus: int, dashboard: bool = False) -> Iterator[Cluster]:
+def cluster(*, head_cpus: int, dashboard: bool = False, token: bool = True) -> Iterator[Cluster]:
     """Starts a head, one that takes jobs if there is a ``dashboard``; ends all nodes at the end."""
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short sockets
         port = free_port()
         # The token of this process: Ray reads it once, and a test may join the cluster itself.
-        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]}
-        environment = {**token, **FAST_DEATHS, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+        secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]}
+        environment = {
+            **(secret if token else {"RAY_AUTH_MODE": "disabled"}),
+            **FAST_DEATHS,
+            "RAY_ADDRESS": f"127.0.0.1:{port}",
+        }
         new = Cluster(folder=Path(folder), port=port, environment=environment)
         new.dashboard_port = free_port() if dashboard else None
         try:

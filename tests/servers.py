@@ -166,16 +166,18 @@ def mlflow_server(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def mlflow_process(folder: Path) -> Iterator[tuple[str, ServerProcess]]:
+def mlflow_process(
+    folder: Path, *, artifacts: str = "", environment: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, ServerProcess]]:
     """Like ``mlflow_server``; yields its process as well, to kill it and start it again on the same port and data."""
     (port,) = _free_ports(1, offsets=(0,))
     command = [
         sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
-        "--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port),
+        "--artifacts-destination", artifacts or str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port),
         "--workers", "1",
     ]  # fmt: skip
     uri = f"http://127.0.0.1:{port}"
-    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", **(environment or {})}
     log = folder / "mlflow.log"
     process = ServerProcess(command, log=log, ready=f"{uri}/health", seconds=120, environment=quiet)
     with _running(process):

@@ -56,7 +56,7 @@ def services(*, bind: str = "127.0.0.1", start: bool = True) -> Iterator[Service
     (s3,) = _free_ports(1, offsets=[part + far for part in range(5) for far in (0, GRPC_OFFSET)])
     mlflow, postgres = _free_ports(2, offsets=[0])
     ports = [f"--s3-port={s3}", f"--mlflow-port={mlflow}", f"--postgres-port={postgres}"]
-    found = Services(folder=folder, words=["--folder", str(folder), "--bind", bind, *ports])
+    found = Services(folder=folder, words=["--folder", str(folder), "--bind", bind, "--trust-network", *ports])
     try:
         if start:
             found.run("up")

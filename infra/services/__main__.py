@@ -5,11 +5,14 @@ The same ports, users and bucket as ``infra/compose``, without a container engin
 
 import argparse
 import fcntl
+import ipaddress
 import os
 import sys
 import urllib.error
 from pathlib import Path
 
+import logins
+import migration
 import mlflow_server
 import mlflow_users
 import postgres
@@ -17,14 +20,16 @@ import seaweedfs
 from daemon import Daemon
 from errors import ServiceError
 from programs import Programs, find_programs
-from settings import Ports, Settings, default_folder
+from settings import LOGINS, SECRETS, Ports, Settings, default_folder
 
 
 def up(settings: Settings, *, stores_only: bool) -> None:
-    """Starts what does not run, in the order in which one needs the other."""
+    """Starts what does not run, or not with these secrets, in the order in which one needs the other."""
     programs = find_programs()
     postgres.prepare(settings, programs)
-    _start(postgres.daemon(settings, programs))
+    database = postgres.daemon(settings, programs)
+    _start(database)
+    postgres.ensure_password(settings, programs, database)
     postgres.create_databases(settings, programs)
     seaweedfs.prepare(settings)
     _start(seaweedfs.daemon(settings, programs))
@@ -32,7 +37,11 @@ def up(settings: Settings, *, stores_only: bool) -> None:
     if stores_only:
         print(f"PostgreSQL and S3 {settings.s3_uri}; source {settings.folder / 'admin.env'}")
         return
-    _start(mlflow_server.daemon(settings))
+    server = mlflow_server.daemon(settings)
+    if not server.is_current():
+        server.stop()
+        logins.set_passwords(settings)
+    _start(server)
     _create_users(settings)
     print(f"MLflow {settings.mlflow_uri}, S3 {settings.s3_uri}, data and secrets in {settings.folder}")
     for user, can in {"writer": "train and evaluate", "reader": "look", "admin": "manage users, back up"}.items():
@@ -40,15 +49,30 @@ def up(settings: Settings, *, stores_only: bool) -> None:
 
 
 def _create_users(settings: Settings) -> None:
-    admin = settings.environment("admin")
-    login = (admin["MLFLOW_TRACKING_USERNAME"], admin["MLFLOW_TRACKING_PASSWORD"])
+    login = (LOGINS["admin"], settings.secrets["mlflow_admin_password"])
     for user in ("writer", "reader"):
-        mine = settings.environment(user)
-        name, password = mine["MLFLOW_TRACKING_USERNAME"], mine["MLFLOW_TRACKING_PASSWORD"]
+        name, password = LOGINS[user], settings.secrets[f"mlflow_{user}_password"]
         try:
             mlflow_users.ensure_user(settings.mlflow_uri, login, name, password)
         except urllib.error.URLError as error:
             raise ServiceError(f"MLflow refuses the user {name}: {error}") from error
+
+
+def rotate(settings: Settings, what: str) -> None:
+    """Makes other secrets in place of some and brings them to the servers; the old ones are refused from then on."""
+    find_programs()  # or nothing changes
+    settings.renew(what)
+    up(settings, stores_only=False)
+    print(f"new: {what}; source the files above again, and start jobs that used the old ones again")
+
+
+def upgrade(settings: Settings) -> None:
+    """Brings MLflow's databases to the installed version, and starts everything."""
+    mlflow_server.daemon(settings).stop()
+    up(settings, stores_only=True)
+    for line in migration.upgrade(settings):
+        print(line, flush=True)
+    up(settings, stores_only=False)
 
 
 def down(settings: Settings) -> None:
@@ -81,10 +105,14 @@ def _start(daemon: Daemon) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python infra/services", description=__doc__)
-    parser.add_argument("verb", choices=("up", "down", "status"))
+    parser.add_argument("verb", choices=("up", "down", "status", "rotate", "upgrade"))
+    parser.add_argument("what", nargs="?", choices=(*SECRETS, "all"), help="which secrets to rotate")
     parser.add_argument("--folder", type=Path, default=default_folder(), help="data and secrets (default: %(default)s)")
     parser.add_argument(
         "--bind", default="127.0.0.1", help="address that MLflow and S3 listen on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--trust-network", action="store_true", help="allow a --bind that others reach: no key guards inner ports"
     )
     parser.add_argument("--stores-only", action="store_true", help="up without MLflow, to restore a back-up")
     for name, default in vars(Ports()).items():
@@ -92,9 +120,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
 def main(argv: list[str]) -> int:
     """Runs one verb; two at a time wait for each other."""
-    given = _parser().parse_args(argv)
+    parser = _parser()
+    given = parser.parse_intermixed_args(argv)
+    if (given.verb == "rotate") != (given.what is not None):
+        parser.error(f"rotate takes what to replace, other verbs take nothing: {', '.join(SECRETS)} or all")
+    if not given.trust_network and not _is_loopback(given.bind):
+        parser.error(
+            f"--bind {given.bind}: SeaweedFS's inner ports ask nobody for a key; add --trust-network if only machines "
+            "that may read and write everything reach this address"
+        )
     ports = Ports(mlflow=given.mlflow_port, s3=given.s3_port, postgres=given.postgres_port)
     settings = Settings(folder=given.folder.resolve(), bind=given.bind, ports=ports)
     os.umask(0o077)
@@ -106,8 +149,10 @@ def main(argv: list[str]) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if given.verb == "up":
                 up(settings, stores_only=given.stores_only)
+            elif given.verb == "rotate":
+                rotate(settings, given.what)
             else:
-                {"down": down, "status": status}[given.verb](settings)
+                {"down": down, "status": status, "upgrade": upgrade}[given.verb](settings)
     except (ServiceError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

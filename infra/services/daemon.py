@@ -1,6 +1,7 @@
 """Processes that outlive the command that started them, and that another command finds again and ends."""
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from errors import ServiceError
 
@@ -23,6 +25,8 @@ class Daemon:
     folder: Path
     command: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
+    reads: str = ""
+    """What it reads once, at its start: with other contents it has to start again."""
     ready: Callable[[], bool]
     seconds: float
     """How long a start may take."""
@@ -31,12 +35,16 @@ class Daemon:
     """Whether its children get the signal as well."""
 
     def start(self) -> bool:
-        """Starts it and waits until it is ready; returns False if it was running.
+        """Starts it and waits until it is ready; returns False if it was running as it should.
+
+        One that was started with another command, environment or settings is ended first.
 
         Raises:
             ServiceError: It ended, or did not become ready.
         """
-        running = self.pid() is not None
+        running = self.is_current()
+        if not running:
+            self.stop()
         if not running and self.ready():
             raise ServiceError(f"{self.name}: something else answers on its port; give another port, or end it")
         process = None if running else self._spawn()
@@ -64,11 +72,24 @@ class Daemon:
 
     def pid(self) -> int | None:
         """The process if it lives: its number alone may belong to another process by now."""
+        record = self._recorded()
+        return record["pid"] if record and _birth(record["pid"]) == record["birth"] else None
+
+    def is_current(self) -> bool:
+        """Whether it runs, and was started as it would be now."""
+        return self.pid() is not None and self._recorded().get("started_as") == self._started_as()
+
+    def _recorded(self) -> dict[str, Any]:
         try:
-            record = json.loads(self._record.read_text())
+            found: dict[str, Any] = json.loads(self._record.read_text())
         except FileNotFoundError:
-            return None
-        return record["pid"] if _birth(record["pid"]) == record["birth"] else None
+            return {}
+        return found
+
+    def _started_as(self) -> str:
+        """A digest, since secrets are among it."""
+        parts = [list(self.command), sorted(self.environment.items()), self.reads]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _spawn(self) -> "subprocess.Popen[bytes]":
         foreign = ("AWS_", "MLFLOW_", "PG")
@@ -84,7 +105,8 @@ class Daemon:
                 start_new_session=True,
             )
         self._record.parent.mkdir(exist_ok=True)
-        self._record.write_text(json.dumps({"pid": process.pid, "birth": _birth(process.pid)}))
+        record = {"pid": process.pid, "birth": _birth(process.pid), "started_as": self._started_as()}
+        self._record.write_text(json.dumps(record))
         return process
 
     def _last_line(self) -> str:

@@ -1,9 +1,10 @@
 """The MLflow server: records in PostgreSQL, artifacts in the bucket, a login for everyone."""
 
+import json
 import sys
 
 from daemon import Daemon, answers
-from settings import BUCKET, MLFLOW_PREFIX, REGION, Settings, write_private
+from settings import BUCKET, LOGINS, MLFLOW_PREFIX, REGION, Settings, write_private
 
 AUTH = """[mlflow]
 default_permission = READ
@@ -24,15 +25,16 @@ def daemon(settings: Settings, workers: int = 2) -> Daemon:
         f"--artifacts-destination=s3://{BUCKET}/{MLFLOW_PREFIX}", f"--allowed-hosts={','.join(hosts)}",
     ]  # fmt: skip
     auth = settings.folder / "mlflow-auth.ini"
-    write_private(auth, AUTH.format(database=settings.database("mlflow_auth")))
+    text = AUTH.format(database=settings.database("mlflow_auth"))
+    write_private(auth, text)
     environment = {
         "MLFLOW_BACKEND_STORE_URI": settings.database("mlflow"),
         "MLFLOW_AUTH_CONFIG_PATH": str(auth),
         "MLFLOW_AUTH_ADMIN_PASSWORD": settings.secrets["mlflow_admin_password"],
         "MLFLOW_FLASK_SERVER_SECRET_KEY": settings.secrets["mlflow_session_key"],
         "MLFLOW_S3_ENDPOINT_URL": settings.s3_uri,
-        "AWS_ACCESS_KEY_ID": settings.secrets["s3_writer_key"],
-        "AWS_SECRET_ACCESS_KEY": settings.secrets["s3_writer_secret"],
+        "AWS_ACCESS_KEY_ID": settings.secrets["s3_mlflow_key"],
+        "AWS_SECRET_ACCESS_KEY": settings.secrets["s3_mlflow_secret"],
         "AWS_DEFAULT_REGION": REGION,
         # Seven further processes for features that are not used here.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -43,6 +45,8 @@ def daemon(settings: Settings, workers: int = 2) -> Daemon:
         folder=settings.folder,
         command=command,
         environment=environment,
+        # A worker remembers a password for a minute: with other ones it starts anew.
+        reads=json.dumps([text, *(settings.secrets[f"mlflow_{user}_password"] for user in LOGINS)]),
         ready=lambda: answers(f"{settings.mlflow_uri}/health"),
         seconds=180,
     )

@@ -64,6 +64,25 @@ def prepare(settings: Settings, programs: Programs) -> None:
         raise ServiceError(f"PostgreSQL cannot be set up in {data}: {lines[0]}{advice}")
 
 
+def ensure_password(settings: Settings, programs: Programs, server: Daemon) -> None:
+    """Gives the databases' user the password of ``secrets.json``, whatever the old one was.
+
+    Raises:
+        ServiceError: PostgreSQL refuses it even so.
+    """
+    if _login(settings, programs).returncode == 0:
+        return
+    server.stop()
+    quoted = settings.secrets["postgres_password"].replace("'", "''")
+    alone = [*programs.as_postgres, str(programs.postgres / "postgres"), "--single", "-D", str(_data(settings))]
+    sql = f"ALTER ROLE mlflow PASSWORD '{quoted}';\n"  # one user, who needs no password, and no port
+    done = subprocess.run([*alone, "postgres"], input=sql, capture_output=True, text=True, cwd="/")
+    server.start()
+    if done.returncode or (done := _login(settings, programs)).returncode:
+        lines = done.stderr.strip().splitlines() or ["no word"]
+        raise ServiceError(f"PostgreSQL refuses the password of secrets.json: {lines[-1]}")
+
+
 def create_databases(settings: Settings, programs: Programs) -> None:
     """Makes the databases that are not there.
 
@@ -74,6 +93,10 @@ def create_databases(settings: Settings, programs: Programs) -> None:
         done = _program(settings, programs, "createdb", name)
         if done.returncode and "already exists" not in done.stderr:
             raise ServiceError(f"PostgreSQL refuses the database {name}: {done.stderr.strip()}")
+
+
+def _login(settings: Settings, programs: Programs) -> "subprocess.CompletedProcess[str]":
+    return _program(settings, programs, "psql", "-qX", "--command=SELECT 1", "postgres")
 
 
 def _program(settings: Settings, programs: Programs, name: str, *words: str) -> "subprocess.CompletedProcess[str]":

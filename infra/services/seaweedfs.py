@@ -1,13 +1,19 @@
-"""The S3 store: one bucket, a user who may write in it and one who may only read."""
+"""The S3 store: one bucket, a user who may write in it, one who may only read, and MLflow, which has a prefix of it."""
 
 import json
 from pathlib import Path
 
 from daemon import Daemon, answers
 from programs import Programs
-from settings import BUCKET, Settings, write_private
+from settings import BUCKET, MLFLOW_PREFIX, Settings, write_private
 
-_ACTIONS = {"writer": ("Read", "Write", "List", "Tagging"), "reader": ("Read", "List")}
+_ALL = ("Read", "Write", "List", "Tagging")
+# Whoever may log in to MLflow names places that its server reads and writes: its key must not open what it has not.
+_ACTIONS = {
+    "writer": (BUCKET, _ALL),
+    "reader": (BUCKET, ("Read", "List")),
+    "mlflow": (f"{BUCKET}/{MLFLOW_PREFIX}/*", _ALL),
+}
 
 
 def daemon(settings: Settings, programs: Programs) -> Daemon:
@@ -18,11 +24,17 @@ def daemon(settings: Settings, programs: Programs) -> Daemon:
         f"-ip.bind={settings.bind}", f"-s3.port={s3}", f"-master.port={s3 + 1}", f"-volume.port={s3 + 2}",
         f"-filer.port={s3 + 3}", f"-admin.port={s3 + 4}", f"-s3.config={_users(settings)}", f"-bucket={BUCKET}",
         "-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false", "-master.telemetry=false",
+        # Else the filer serves every object without a key, to any web page as well.
+        "-disableHttp",
     ]  # fmt: skip
+    # What is left of HTTP, the volume server's, gives and takes only what the S3 server signed.
+    inner = settings.secrets["s3_inner_key"]
     return Daemon(
         name="seaweedfs",
         folder=settings.folder,
         command=command,
+        environment={"WEED_JWT_SIGNING_KEY": inner, "WEED_JWT_SIGNING_READ_KEY": inner},
+        reads=_identities(settings),
         ready=lambda: answers(f"{settings.s3_uri}/healthz") and _has_bucket(settings),
         seconds=60,
     )
@@ -31,6 +43,10 @@ def daemon(settings: Settings, programs: Programs) -> Daemon:
 def prepare(settings: Settings) -> None:
     """Writes the users: who is in no list gets nothing, and nobody may touch another bucket."""
     (settings.folder / "seaweedfs").mkdir(exist_ok=True)
+    write_private(_users(settings), _identities(settings))
+
+
+def _identities(settings: Settings) -> str:
     identities = [
         {
             "name": f"ddpm-{user}",
@@ -40,11 +56,11 @@ def prepare(settings: Settings) -> None:
                     "secretKey": settings.secrets[f"s3_{user}_secret"],
                 }
             ],
-            "actions": [f"{action}:{BUCKET}" for action in actions],
+            "actions": [f"{action}:{where}" for action in actions],
         }
-        for user, actions in _ACTIONS.items()
+        for user, (where, actions) in _ACTIONS.items()
     ]
-    write_private(_users(settings), json.dumps({"identities": identities}))
+    return json.dumps({"identities": identities})
 
 
 def remove_sockets(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""Where the services keep their data, on which ports they listen, and the secrets that are made for them once."""
+"""Where the services keep their data, on which ports they listen, and the secrets that are made for them."""
 
 import json
 import os
@@ -8,23 +8,28 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from errors import ServiceError
+
 BUCKET = "ddpm"
 MLFLOW_PREFIX = "mlflow"
 REGION = "us-east-1"
 DATABASES = ("mlflow", "mlflow_auth")
 """What MLflow records, and its users."""
 
-_SECRETS = (
-    "postgres_password",
-    "mlflow_admin_password",
-    "mlflow_writer_password",
-    "mlflow_reader_password",
-    "mlflow_session_key",
-    "s3_writer_key",
-    "s3_writer_secret",
-    "s3_reader_key",
-    "s3_reader_secret",
-)
+SECRETS = {
+    "postgres": ("postgres_password",),
+    "mlflow-admin": ("mlflow_admin_password",),
+    "mlflow-writer": ("mlflow_writer_password",),
+    "mlflow-reader": ("mlflow_reader_password",),
+    "mlflow-session": ("mlflow_session_key",),
+    "s3-writer": ("s3_writer_key", "s3_writer_secret"),
+    "s3-reader": ("s3_reader_key", "s3_reader_secret"),
+    "s3-mlflow": ("s3_mlflow_key", "s3_mlflow_secret"),
+    "s3-inner": ("s3_inner_key",),
+}
+"""What can be replaced by itself, and its names in ``secrets.json``."""
+LOGINS = {"admin": "admin", "writer": "ddpm", "reader": "ddpm-reader"}
+"""MLflow's names of its users."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +61,28 @@ class Settings:
 
     @cached_property
     def secrets(self) -> dict[str, str]:
-        """The secrets by name, made at the first start and the same ever after."""
+        """The secrets by name; one that is not in the file is made, the others stay.
+
+        Raises:
+            ServiceError: The file was broken by hand.
+        """
         path = self.folder / "secrets.json"
-        if not path.exists():
-            write_private(path, json.dumps({name: secrets.token_hex(24) for name in _SECRETS}, indent=1))
-        found: dict[str, str] = json.loads(path.read_text())
+        try:
+            found: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as error:
+            raise ServiceError(f"{path} is no JSON ({error}); mend it, or remove it for new secrets") from error
+        missing = [name for names in SECRETS.values() for name in names if not found.get(name)]
+        if missing:
+            found |= {name: secrets.token_hex(24) for name in missing}
+            write_private(path, json.dumps(found, indent=1))
         return found
+
+    def renew(self, what: str) -> None:
+        """Makes other secrets in place of some, or of ``all``; ``up`` brings them to the servers."""
+        names = {name for key, names in SECRETS.items() if what in (key, "all") for name in names}
+        kept = {name: value for name, value in self.secrets.items() if name not in names}
+        write_private(self.folder / "secrets.json", json.dumps(kept, indent=1))
+        self.__dict__.pop("secrets")  # what cached_property remembers
 
     def database(self, name: str) -> str:
         """A database's SQLAlchemy URI, which holds the password."""
@@ -72,10 +93,9 @@ class Settings:
     def environment(self, user: str) -> dict[str, str]:
         """What a person or a job needs to be ``writer``, ``reader`` or ``admin``."""
         keys = "reader" if user == "reader" else "writer"
-        name = {"writer": "ddpm", "reader": "ddpm-reader", "admin": "admin"}[user]
         variables = {
             "MLFLOW_TRACKING_URI": self.mlflow_uri,
-            "MLFLOW_TRACKING_USERNAME": name,
+            "MLFLOW_TRACKING_USERNAME": LOGINS[user],
             "MLFLOW_TRACKING_PASSWORD": self.secrets[f"mlflow_{user}_password"],
             "AWS_ENDPOINT_URL": self.s3_uri,
             "AWS_DEFAULT_REGION": REGION,

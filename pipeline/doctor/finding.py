@@ -64,6 +64,6 @@ def guarded(check: str, mend: str, look: Callable[[], list[Finding]]) -> list[Fi
 def redact(text: str) -> str:
     """A text without the value of any environment variable whose name says that it is a secret."""
     for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET and not value.startswith(("/", "~")):
+        if _SECRET_NAME.search(name) and not name.endswith(("_PATH", "_FILE")) and len(value) >= _SHORTEST_SECRET:
             text = text.replace(value, "***")
     return text

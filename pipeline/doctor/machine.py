@@ -6,12 +6,13 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline import storage
 from pipeline.doctor.finding import Finding, fail, ok, warn
 
-__all__ = ["disks", "packages", "shared_memory", "torch_devices"]
+__all__ = ["disks", "packages", "shared_memory", "torch_devices", "versions"]
 
 GIB = 2**30
 _LEAST_SHARED_BYTES = GIB
@@ -52,18 +53,21 @@ def disk(place: Path) -> Finding:
     return ok("disk", text)
 
 
-def packages(constraints: Path | None = None) -> list[Finding]:
-    """The installed versions of what the project names itself, beside the pinned ones.
+def packages(folders: Sequence[Path] | None = None) -> list[Finding]:
+    """The installed versions of what the project names itself, beside those of the first ``constraints.txt``.
 
     Args:
-        constraints: The pinned versions; left out, the file above this package, or above the job that runs: in the
-            container image the package is installed and the jobs are not.
+        folders: Where to look; left out, beside the code, beside the folder of the job that runs, and in the working
+            directory, since an image installs the code alone.
     """
+    if folders is None:
+        folders = (Path(__file__).parents[2], *Path(sys.argv[0]).resolve().parents[1:2], Path())
+    constraints = next(
+        (folder / "constraints.txt" for folder in folders if (folder / "constraints.txt").exists()), None
+    )
     if constraints is None:
-        places = [Path(__file__).parents[2], *Path(sys.argv[0]).resolve().parents[1:2]]
-        constraints = next((path for place in places if (path := place / "constraints.txt").exists()), None)
-    if constraints is None or not constraints.exists():
-        return [ok("versions", f"Python {sys.version.split()[0]}; no constraints.txt here to compare with")]
+        text = f"Python {sys.version.split()[0]}; no constraints.txt to compare with, here or beside the code"
+        return [warn("versions", text, "run it in the project's folder: ray job submit --working-dir .")]
     pinned = dict(
         line.split("==", 1) for line in constraints.read_text().splitlines() if re.match(r"[A-Za-z0-9_.-]+==", line)
     )
@@ -114,6 +118,12 @@ def _gpus() -> Finding:
         return fail("torch", "NCCL adds wrongly over the GPUs", "NCCL_DEBUG=INFO shows which link it uses")
     nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     return ok("torch", f"torch {torch.__version__}, NCCL {nccl}, {count} GPUs: {torch.cuda.get_device_name(0)}")
+
+
+def versions() -> dict[str, str]:
+    """The installed version of Python and of what the project names itself."""
+    found = {name: _installed(name) for name in _direct()}
+    return {"python": sys.version.split()[0], **{name: version for name, version in found.items() if version}}
 
 
 def _direct() -> list[str]:

@@ -1,22 +1,21 @@
-"""The servers that jobs talk to: MLflow, storage and their clocks, a Ray cluster."""
+"""The servers that jobs talk to: MLflow, and a Ray cluster."""
 
 import os
-import secrets
 import time
 import urllib.error
 import urllib.request
 from urllib.parse import urlsplit
 
-from pipeline import cluster, storage
-from pipeline.doctor.finding import Finding, fail, ok, warn
+from pipeline import cluster
+from pipeline.doctor import nodes
+from pipeline.doctor.finding import Finding, fail, guarded, ok, warn
+from pipeline.doctor.stores import clock
 from pipeline.errors import WorldError
 from pipeline.tracking import Tracker
 
-__all__ = ["mlflow_answers", "ray_answers", "ray_dashboard", "storage_serves"]
+__all__ = ["jobs_api", "mlflow_answers", "ray_answers", "ray_dashboard"]
 
-_LATE_SECONDS = 5.0
-_TOO_LATE_SECONDS = 60.0
-"""Drivers trust the clocks of other machines to a minute; S3 refuses requests that are a quarter of an hour off."""
+_TOKEN_ON_ALL = "set RAY_AUTH_MODE=token on all nodes"
 
 
 def mlflow_answers() -> list[Finding]:
@@ -25,58 +24,32 @@ def mlflow_answers() -> list[Finding]:
     started = time.monotonic()
     tracker.probe()
     seconds = time.monotonic() - started
-    findings = [ok("mlflow", f"{tracker.shown_uri} takes runs; a run, a metric and back in {seconds:.1f} s")]
+    findings = [ok("mlflow", f"{tracker.shown_uri} takes runs; a metric, an artifact and back in {seconds:.1f} s")]
     if (off := tracker.clock_offset_seconds()) is not None:
         findings.append(clock("MLflow", off))
     return findings
 
 
-def storage_serves() -> list[Finding]:
-    """``$DDPM_HOME`` takes a file, shows it, gives it back and lets it go."""
-    location = storage.join(storage.home(), "doctor", secrets.token_hex(8))
-    content = secrets.token_bytes(1024)
-    started = time.monotonic()
-    storage.write_bytes(location, content)
-    try:
-        if storage.read_bytes(location) != content:
-            return [fail("storage", f"{storage.home()} gives back other bytes than it took", "look at the server")]
-        if location not in storage.list_files(location.rpartition("/")[0]):
-            return [fail("storage", f"{storage.home()} does not list what it took", "allow s3:ListBucket")]
-    finally:
-        storage.remove(location)
-    if storage.exists(location):
-        return [fail("storage", f"{storage.home()} keeps what was deleted", "allow s3:DeleteObject")]
-    seconds = time.monotonic() - started
-    findings = [ok("storage", f"{storage.home()}: write, read, list and delete in {seconds:.2f} s")]
-    if storage.is_remote(storage.home()):
-        findings.append(clock("S3", storage.clock_offset_seconds(storage.home())))
-    return findings
-
-
-def clock(server: str, offset_seconds: float) -> Finding:
-    """How far a server's clock is from this machine's; the header tells whole seconds."""
-    text = f"{server}'s clock is {abs(offset_seconds):.0f} s {'ahead of' if offset_seconds > 0 else 'behind'} this one"
-    mend = "synchronise both machines (chrony, systemd-timesyncd)"
-    if abs(offset_seconds) > _TOO_LATE_SECONDS:
-        return fail("clock", text, mend)
-    return (
-        warn("clock", text, mend)
-        if abs(offset_seconds) > _LATE_SECONDS
-        else ok("clock", f"{server} and this machine agree")
-    )
-
-
 def ray_answers() -> list[Finding]:
-    """Joins the cluster at ``RAY_ADDRESS``, or starts Ray here as a job would, and counts what there is."""
+    """Joins the cluster at ``RAY_ADDRESS`` and looks at its nodes, or starts Ray here as a job would."""
     address = os.environ.get("RAY_ADDRESS")
     with cluster.connect(num_cpus=1):
-        nodes, resources = cluster.inventory()
-    has = f"{nodes} nodes, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
-    if not address:
-        return [ok("ray", f"starts on this machine, with a token of its own: {has}")]
-    if os.environ.get("RAY_AUTH_MODE") != "token":
-        return [warn("ray", f"{address}: {has}, and no token is asked for", "set RAY_AUTH_MODE=token on all nodes")]
-    return [ok("ray", f"{address} takes this token: {has}")]
+        count, resources = cluster.inventory()
+        has = f"{count} nodes, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
+        if not address:
+            return [ok("ray", f"starts on this machine, with a token of its own: {has}")]
+        findings = [*nodes.each_node(), *nodes.each_gpu()]
+        dashboard = None if os.environ.get("RAY_API_SERVER_ADDRESS") else cluster.dashboard()
+    if dashboard:
+        findings += guarded("jobs", "is the dashboard's port open between the nodes?", lambda: jobs_api(dashboard))
+    return [_guarded_by_token(address, has), *findings]
+
+
+def _guarded_by_token(address: str, has: str) -> Finding:
+    """Whether the cluster lets a stranger in; what this process shows says nothing about that."""
+    if cluster.admits_stranger(address):
+        return warn("ray", f"{address} runs anybody's code: it asks for no token; {has}", _TOKEN_ON_ALL)
+    return ok("ray", f"{address} takes this token and refuses another: {has}")
 
 
 def ray_dashboard() -> list[Finding]:
@@ -84,6 +57,11 @@ def ray_dashboard() -> list[Finding]:
     address = os.environ.get("RAY_API_SERVER_ADDRESS")
     if not address or urlsplit(address).scheme not in ("http", "https"):
         return []
+    return jobs_api(address)
+
+
+def jobs_api(address: str) -> list[Finding]:
+    """The Jobs API at the dashboard's address answers with this token, and refuses without one."""
     url = f"{address.rstrip('/')}/api/jobs/"
     token = cluster.token()
     status = _status(url, {"Authorization": f"Bearer {token}"} if token else {})
@@ -93,9 +71,7 @@ def ray_dashboard() -> list[Finding]:
     if status != 200:
         return [fail("jobs", f"{address} answers HTTP {status}", "is it the dashboard of a Ray cluster?")]
     if _status(url, {}) == 200:
-        return [
-            warn("jobs", f"{address} runs anybody's code: it asks for no token", "RAY_AUTH_MODE=token on all nodes")
-        ]
+        return [warn("jobs", f"{address} runs anybody's code: it asks for no token", _TOKEN_ON_ALL)]
     return [ok("jobs", f"{address} takes this token and refuses strangers")]
 
 

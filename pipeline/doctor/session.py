@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.doctor import machine, servers
+from pipeline.doctor import machine, servers, stores
 from pipeline.doctor.finding import Finding, guarded, redact
 
 __all__ = ["Examination", "examine"]
@@ -40,7 +40,7 @@ def examine() -> Examination:
         ("memory", "", machine.shared_memory),
         ("disk", "", machine.disks),
         ("torch", "install torch again", machine.torch_devices),
-        ("storage", stored, servers.storage_serves),
+        ("storage", stored, stores.storage_serves),
         ("mlflow", mlflow, servers.mlflow_answers),
         ("jobs", "is the dashboard forwarded to this machine?", servers.ray_dashboard),
         ("ray", "see docs/troubleshooting.md, Ray and the cluster", servers.ray_answers),

@@ -17,7 +17,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 from pipeline import storage
 from pipeline.config import as_params
 from pipeline.errors import UserError, WorldError, first_line
-from pipeline.tracking import leases, ownership, recorded, registry, results, trials
+from pipeline.tracking import leases, ownership, probing, recorded, registry, results, trials
 from pipeline.tracking.checkpoints import Checkpoint, checkpoint_of, published
 from pipeline.tracking.ownership import Claim
 from pipeline.tracking.recorded import RecordedRun
@@ -316,18 +316,12 @@ class Tracker:
 
     @one_line_errors
     def probe(self) -> None:
-        """Writes a run, reads it again and deletes it, in an experiment of its own.
+        """Writes a run with an artifact, reads both again and deletes them, in an experiment of its own.
 
         Raises:
             WorldError: MLflow does not take it, or gives back something else.
         """
-        run_id = self.client.create_run(self.experiment(_PROBE_EXPERIMENT, create=True), run_name="probe").info.run_id
-        try:
-            self.client.log_metric(run_id, "probe", 1.0)
-            if self.client.get_run(run_id).data.metrics != {"probe": 1.0}:
-                raise WorldError(f"MLflow at {self.shown_uri} gives back other values than it took")
-        finally:
-            self.client.delete_run(run_id)
+        probing.probe(self.client, self.experiment(_PROBE_EXPERIMENT, create=True), self.shown_uri)
 
     def clock_offset_seconds(self) -> float | None:
         """Seconds by which the server is ahead of this machine, to about a second; None for a local store."""

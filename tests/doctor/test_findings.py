@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.doctor import machine, servers
+from pipeline.doctor import machine, servers, stores
 from pipeline.doctor.finding import fail, guarded, ok, redact, warn
 from pipeline.doctor.session import Examination
 from pipeline.errors import WorldError
@@ -28,6 +28,8 @@ def test_a_line_says_what_to_mend_and_json_says_the_same() -> None:
 def test_secrets_of_the_environment_are_in_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "correct-horse")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/etc/ray/token")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "/as+some/keys")
+    assert redact("the key /as+some/keys") == "the key ***"
     found = Examination(findings=[fail("mlflow", "correct-horse at /etc/ray/token", "correct-horse?")])
     assert "correct-horse" not in found.text()
     assert "correct-horse" not in str(found.to_json())
@@ -50,11 +52,22 @@ def test_an_error_of_one_check_is_one_line_and_does_not_hide_the_others() -> Non
 def test_packages_that_are_not_as_pinned_or_missing_are_named(tmp_path: Path) -> None:
     constraints = tmp_path / "constraints.txt"
     constraints.write_text("numpy==0.1\nray==0.2\n# a comment\n")
-    (finding,) = machine.packages(constraints)
+    (finding,) = machine.packages([tmp_path])
     assert finding.state == "warn"
     assert "numpy" in finding.text
     assert "(0.1)" in finding.text
-    assert machine.packages(tmp_path / "nothing")[0].state == "ok"
+
+
+def test_an_installed_image_is_compared_with_the_file_of_its_working_directory_and_nothing_is_not_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [tmp_path / "site-packages", Path()]
+    monkeypatch.chdir(tmp_path)
+    (unknown,) = machine.packages(folders)
+    assert (unknown.state, "no constraints.txt" in unknown.text) == ("warn", True)
+    (tmp_path / "constraints.txt").write_text("numpy==0.1\n")
+    (known,) = machine.packages(folders)
+    assert "(0.1)" in known.text
 
 
 def test_packages_of_an_installed_package_are_compared_with_the_file_above_the_job(
@@ -89,11 +102,11 @@ def test_little_shared_memory_is_a_warning_and_none_is_not(tmp_path: Path, monke
 
 @pytest.mark.parametrize(("offset", "state"), [(0.6, "ok"), (-20.0, "warn"), (61.0, "fail"), (-3600.0, "fail")])
 def test_a_clock_that_differs_is_a_warning_and_by_a_minute_a_failure(offset: float, state: str) -> None:
-    assert servers.clock("S3", offset).state == state
+    assert stores.clock("S3", offset).state == state
 
 
 def test_storage_on_this_machine_is_written_read_listed_and_left_empty(tmp_path: Path) -> None:
-    (finding,) = servers.storage_serves()
+    (finding,) = stores.storage_serves()
     assert finding.state == "ok"
     assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
 

@@ -1,7 +1,7 @@
 """``infra/compose``: nothing is reachable from outside, nothing has a default password, everything says it is ready."""
 
 import configparser
-import importlib.util
+import importlib
 import re
 import sys
 from importlib import metadata
@@ -51,7 +51,8 @@ def test_users_and_passwords_in_files_come_from_the_environment_too() -> None:
     assert "Write:ddpm" in actions["ddpm-writer"]
     assert all(":" in action for user in actions.values() for action in user), "nobody may touch another bucket"
     keys = [value for user in s3 for pair in user["credentials"] for value in pair.values()]
-    assert len(set(keys)) == 4
+    assert actions["ddpm-mlflow"] == [f"{verb}:ddpm/mlflow/*" for verb in ("Read", "Write", "List", "Tagging")]
+    assert len(set(keys)) == 6
     assert all(re.fullmatch(r"\$\{\w+:\?[^}]+\}", key) for key in keys)
 
 
@@ -77,6 +78,14 @@ def test_the_services_without_containers_have_the_same_ports_bucket_and_users() 
     assert f"127.0.0.1:{ports.postgres}:5432" in published
     assert f"-bucket={settings.BUCKET}" in SERVICES["seaweedfs"]["command"]
     assert mlflow_options()["artifacts_destination"] == f"s3://{settings.BUCKET}/{settings.MLFLOW_PREFIX}"
+
+
+def test_mlflows_server_has_the_key_of_its_prefix_and_the_store_answers_no_http_without_one() -> None:
+    mlflow = SERVICES["mlflow"]["environment"]
+    assert "S3_MLFLOW_" in mlflow["AWS_ACCESS_KEY_ID"]
+    assert "S3_MLFLOW_" in mlflow["AWS_SECRET_ACCESS_KEY"]
+    assert "-disableHttp" in SERVICES["seaweedfs"]["command"]
+    assert {"WEED_JWT_SIGNING_KEY", "WEED_JWT_SIGNING_READ_KEY"} <= SERVICES["seaweedfs"]["environment"].keys()
 
 
 def test_no_command_line_carries_a_secret() -> None:
@@ -182,13 +191,8 @@ def test_jobs_ask_the_server_for_artifacts_and_not_a_store_whose_name_only_it_kn
 
 def services_settings() -> ModuleType:
     """``infra/services/settings.py``, which is no part of a package."""
-    spec = importlib.util.spec_from_file_location("services_settings", INFRA / "services" / "settings.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    sys.path.append(str(INFRA / "services"))
+    return importlib.import_module("settings")
 
 
 def mlflow_options() -> dict[str, Any]:

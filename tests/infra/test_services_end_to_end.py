@@ -46,8 +46,8 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SetUp]:
     with services() as running, pytest.MonkeyPatch.context() as patch:
         writer = running.environment("writer")
         for name, value in writer.items():
-            if name.startswith("AWS_"):
-                patch.setenv(name, value)  # what nodes of a cluster get from their role
+            if name.startswith(("AWS_", "MLFLOW_TRACKING_")):
+                patch.setenv(name, value)  # what nodes of a cluster get from their role and from a Secret
         with cluster(head_cpus=2) as nodes:
             writer |= nodes.environment
             succeed("prepare_data", **writer)
