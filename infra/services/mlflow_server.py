@@ -19,9 +19,11 @@ auth_cache_ttl_seconds = 60
 def daemon(settings: Settings, workers: int = 2) -> Daemon:
     """The server. Secrets go by its environment and a private file: everybody on a machine can read command lines."""
     hosts = sorted({"localhost", "localhost:*", "127.0.0.1:*", f"{settings.bind}:*"})
+    # On a busy machine a server process takes longer than uvicorn's 5 s to start, and would be killed again and again.
+    patience = "--uvicorn-opts=--timeout-worker-healthcheck=60"
     command = [
         sys.executable, "-m", "mlflow", "server", f"--host={settings.bind}", f"--port={settings.ports.mlflow}",
-        f"--workers={workers}", "--app-name=basic-auth", "--serve-artifacts",
+        f"--workers={workers}", patience, "--app-name=basic-auth", "--serve-artifacts",
         f"--artifacts-destination=s3://{BUCKET}/{MLFLOW_PREFIX}", f"--allowed-hosts={','.join(hosts)}",
     ]  # fmt: skip
     auth = settings.folder / "mlflow-auth.ini"
