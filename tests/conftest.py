@@ -17,6 +17,8 @@ sys.path += [str(Path(__file__).parent / folder) for folder in (".", "evaluation
 # Ray reads these once, when it is first imported, by whichever test does it.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
 
+import runner
+from clusters import Cluster, cluster
 from servers import (
     S3Server,
     find_postgres,
@@ -64,6 +66,20 @@ def isolated_test(isolated_session: None, monkeypatch: pytest.MonkeyPatch, tmp_p
     yield
     forget_s3_client()
     os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
+@pytest.fixture(scope="module")
+def cluster_of_module() -> Iterator[Cluster]:
+    """One Ray cluster of two CPUs for the tests of a module that ask for ``one_cluster``."""
+    with cluster(head_cpus=2) as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def one_cluster(cluster_of_module: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs join one cluster, in place of a private one for each: a third less work."""
+    for name, value in cluster_of_module.environment.items():
+        monkeypatch.setitem(runner.CLUSTER, name, value)
 
 
 @pytest.fixture(scope="session")

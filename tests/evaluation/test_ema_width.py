@@ -170,6 +170,7 @@ def test_a_step_without_enough_snapshots_is_named(tracker: Tracker) -> None:
         chosen(tracker, run="one-width", step=20)
 
 
+@pytest.mark.usefixtures("one_cluster")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_width_is_evaluated_beside_the_ema_and_kept_apart_from_it(tracker: Tracker) -> None:
@@ -195,6 +196,7 @@ def test_a_width_is_evaluated_beside_the_ema_and_kept_apart_from_it(tracker: Tra
     assert [metric.step for metric in history] == [40]
 
 
+@pytest.mark.usefixtures("one_cluster")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_trained_run_publishes_what_a_width_is_made_from() -> None:

@@ -13,8 +13,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 TINY = ["--base-channels", "8", "--batch-size", "32", "--steps", "20", "--checkpoint-every", "10"]
-TINY += ["--log-every", "5", "--sampling-steps", "5", "--grid-images", "4"]
+TINY += ["--log-every", "5", "--sampling-steps", "5", "--grid-images", "4", "--quality-images", "0"]
 """A run of seconds."""
+
+
+CLUSTER: dict[str, str] = {}
+"""The environment of a cluster that jobs join; empty: each starts a private one (see the fixture ``one_cluster``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,7 @@ def run_job(name: str, *words: str, timeout: float = 240, **environment: str) ->
     """Runs ``jobs/NAME.py``."""
     command = [sys.executable, f"jobs/{name}.py", *words]
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout
+        command, cwd=ROOT, env={**os.environ, **CLUSTER, **environment}, capture_output=True, text=True, timeout=timeout
     )
     return Done(code=done.returncode, stdout=done.stdout, stderr=done.stderr)
 

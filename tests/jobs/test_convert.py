@@ -23,6 +23,7 @@ def refusal(*words: str) -> str:
     return str(error.value)
 
 
+@pytest.mark.usefixtures("one_cluster")
 @pytest.mark.slow
 def test_a_folder_of_diffusers_gets_its_distance_by_two_commands_and_goes_back(tmp_path):
     torch.manual_seed(0)

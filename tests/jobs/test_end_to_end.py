@@ -35,8 +35,10 @@ def client(home: str) -> MlflowClient:
     return MlflowClient(f"sqlite:///{home}/mlflow.db")
 
 
+@pytest.mark.usefixtures("one_cluster")
 def test_a_run_is_trained_tracked_published_and_evaluated_and_its_name_continues_it(home: str) -> None:
-    result = succeed("train", *TINY, "--name", "first", "--evaluate", "--num-images", "40", "--chunk-size", "20")
+    measured = ["--evaluate", "--num-images", "40", "--chunk-size", "20", "--quality-images", "128"]
+    result = succeed("train", *TINY, "--name", "first", *measured)
     assert (result["run"], result["step"]) == ("first", 20)
     assert result["metrics"]["fd_efficientnet_lite0"] > 0
     assert Path(result["grid"]).read_bytes().startswith(b"\x89PNG")

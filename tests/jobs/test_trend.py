@@ -69,6 +69,7 @@ def test_spoilt_images_score_worse_in_the_order_of_the_damage(
     assert distances[-1] > 2 * distances[0], distances
 
 
+@pytest.mark.usefixtures("one_cluster")
 @pytest.mark.timeout(600)
 def test_the_distance_falls_over_training_and_the_average_of_the_weights_beats_the_last_ones() -> None:
     prepare_digits()
