@@ -32,6 +32,8 @@ class Arguments:
     """What to measure; default: everything."""
     quick: bool = False
     """One short round of each, to see that all runs; its numbers say little."""
+    repeats: int | None = None
+    """Rounds of every part; default: what each script takes as enough."""
     mosaicml: Path | None = None
     """Interpreter of the environment that MosaicML Streaming lives in."""
     improved_diffusion: Path | None = None
@@ -104,6 +106,8 @@ def _run(name: str, part: Part, arguments: Arguments) -> tuple[Record | None, st
     out = arguments.out / f"{name}.json"
     out.unlink(missing_ok=True)
     flags = [*(part.quick if arguments.quick else part.flags), "--out", str(out)]
+    if arguments.repeats is not None:
+        flags += ["--repeats", str(arguments.repeats)]
     if name == "loader" and arguments.mosaicml:
         flags += ["--python", "mosaicml", str(arguments.mosaicml)]
     if name == "train_step" and arguments.improved_diffusion:

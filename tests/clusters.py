@@ -60,7 +60,7 @@ class Cluster:
         where = ["--head", f"--port={self.port}", f"--temp-dir={self.folder}"] if head else []
         where += self._dashboard() if head else [f"--address=127.0.0.1:{self.port}"]
         command = [*RAY, "start", "--block", "--node-ip-address=127.0.0.1", *where, f"--num-cpus={num_cpus}"]
-        command += ["--object-store-memory=100000000", "--disable-usage-stats"]
+        command += ["--object-store-memory=100000000", "--disable-usage-stats", "--include-log-monitor=false"]
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         with (self.folder / "nodes.log").open("ab") as log:
             process = subprocess.Popen(
