@@ -38,6 +38,10 @@ _QUIET = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # The goodbye between workers before they are ended anyway. After a failure one of them does not answer.
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+    # A private cluster starts a process for each CPU ahead of work. None of them is ever used, since the workers of a
+    # job have an environment of their own, and they take the time of those that are.
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
     # Ray announces this change of behaviour on every start.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -62,6 +62,7 @@ class Cluster:
         command = [*RAY, "start", "--block", "--node-ip-address=127.0.0.1", *where, f"--num-cpus={num_cpus}"]
         command += ["--object-store-memory=100000000", "--disable-usage-stats", "--include-log-monitor=false"]
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        environment |= {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0"}
         with (self.folder / "nodes.log").open("ab") as log:
             process = subprocess.Popen(
                 command, env={**environment, **self.environment, "RAY_ADDRESS": ""}, stdout=log, stderr=log
@@ -147,7 +148,7 @@ def _is_train_worker(process: psutil.Process) -> bool:
         return False
 
 
-def _wait_for_port(port: int, process: "subprocess.Popen[bytes]", seconds: float = 90) -> None:
+def _wait_for_port(port: int, process: "subprocess.Popen[bytes]", seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         assert process.poll() is None, "the head ended"

@@ -148,7 +148,7 @@ def seaweedfs(program: str, folder: Path) -> Iterator[S3Server]:
     ]  # fmt: skip
     endpoint = f"http://127.0.0.1:{s3}"
     try:
-        process = ServerProcess(command, log=folder / "seaweedfs.log", ready=f"{endpoint}/healthz", seconds=30)
+        process = ServerProcess(command, log=folder / "seaweedfs.log", ready=f"{endpoint}/healthz", seconds=120)
         with _running(process):
             yield S3Server(endpoint=endpoint, admin=users["admin"], reader=users["reader"], process=process)
     finally:
@@ -179,7 +179,7 @@ def mlflow_process(
     uri = f"http://127.0.0.1:{port}"
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", **(environment or {})}
     log = folder / "mlflow.log"
-    process = ServerProcess(command, log=log, ready=f"{uri}/health", seconds=120, environment=quiet)
+    process = ServerProcess(command, log=log, ready=f"{uri}/health", seconds=300, environment=quiet)
     with _running(process):
         yield uri, process
 

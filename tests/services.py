@@ -31,7 +31,7 @@ class Services:
     def try_run(self, verb: str, *words: str) -> "subprocess.CompletedProcess[str]":
         """Runs a verb."""
         command = [sys.executable, "infra/services", verb, *self.words, *words]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
     def environment(self, user: str) -> dict[str, str]:
         """What ``source USER.env`` sets."""

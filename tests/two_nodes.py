@@ -122,7 +122,7 @@ class TwoNodes:
         for node in self.address:
             subprocess.run(["ip", "netns", "del", self._space(node)], capture_output=True)
 
-    def _wait_for_head(self, seconds: float = 90) -> None:
+    def _wait_for_head(self, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         inside = ["ip", "netns", "exec", self._space("A"), sys.executable, "-c"]
         wanted = {self.address["A"]: _PORT} | ({"127.0.0.1": 8265} if self._dashboard else {})

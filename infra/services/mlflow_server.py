@@ -50,5 +50,5 @@ def daemon(settings: Settings, workers: int = 2) -> Daemon:
         # A worker remembers a password for a minute: with other ones it starts anew.
         reads=json.dumps([text, *(settings.secrets[f"mlflow_{user}_password"] for user in LOGINS)]),
         ready=lambda: answers(f"{settings.mlflow_uri}/health"),
-        seconds=180,
+        seconds=400,
     )

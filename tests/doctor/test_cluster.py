@@ -8,7 +8,7 @@ from clusters import cluster
 from runner import run_job
 from servers import S3Server, mlflow_process
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def findings(check: str, result: dict[str, list[dict[str, str]]]) -> list[dict[str, str]]:

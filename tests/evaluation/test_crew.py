@@ -18,7 +18,7 @@ from pipeline.evaluation.crew import Crew
 
 # Workers of the cluster cannot import a test.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 class Worker:

@@ -172,7 +172,7 @@ def test_a_step_without_enough_snapshots_is_named(tracker: Tracker) -> None:
 
 @pytest.mark.usefixtures("one_cluster")
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_width_is_evaluated_beside_the_ema_and_kept_apart_from_it(tracker: Tracker) -> None:
     words = ["--run", "power", "--last", "--num-images", "40", "--chunk-size", "20", "--sampling-steps", "4"]
     plain = succeed("evaluate", *words)["evaluated"]
@@ -198,7 +198,7 @@ def test_a_width_is_evaluated_beside_the_ema_and_kept_apart_from_it(tracker: Tra
 
 @pytest.mark.usefixtures("one_cluster")
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_trained_run_publishes_what_a_width_is_made_from() -> None:
     succeed("prepare_data")
     succeed("train", *TINY, "--name", "trained", "--ema-power", "0.05", "0.10")

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from runner import ROOT, TINY, run_job, succeed
 from services import Services, services, why_not
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 RUN = "services"
 FEW_IMAGES = ["--num-images", "64", "--sampling-steps", "5", "--chunk-size", "32"]
@@ -76,7 +76,7 @@ def tick(environment: dict[str, str], *words: str) -> str:
         env={**os.environ, **environment, "DDPM_PYTHON": sys.executable},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -176,7 +176,7 @@ def test_after_a_wipe_the_back_up_is_restored_and_the_run_goes_on_by_its_name(
 def back_up(verb: str, folder: Path, environment: dict[str, str]) -> None:
     command = [sys.executable, "infra/backup", verb, str(folder)]
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=240
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr
 

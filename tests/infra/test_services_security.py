@@ -18,7 +18,7 @@ from botocore.exceptions import ClientError
 from mlflow import MlflowClient
 from services import ROOT, Services, services, why_not
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 VICTIM = "home/runs/victim/ema.safetensors"
 
@@ -49,7 +49,7 @@ def keys(running: Services) -> list[str]:
 
 def call(environment: dict[str, str], method: str, path: str, **more: Any) -> requests.Response:
     login = (environment["MLFLOW_TRACKING_USERNAME"], environment["MLFLOW_TRACKING_PASSWORD"])
-    return requests.request(method, f"{environment['MLFLOW_TRACKING_URI']}/{path}", auth=login, timeout=60, **more)
+    return requests.request(method, f"{environment['MLFLOW_TRACKING_URI']}/{path}", auth=login, timeout=400, **more)
 
 
 def experiment(environment: dict[str, str], location: str | None = None) -> str:
@@ -163,7 +163,7 @@ def test_the_administrators_password_is_changed_by_the_script_that_compose_has_t
     admin = running.environment("admin")
     environment = {**os.environ, **admin, "ADMIN_PASSWORD": "another-password-of-the-administrator"}
     command = [sys.executable, "infra/services/mlflow_users.py", "admin"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=60)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=400)
     assert logs_in({**admin, "MLFLOW_TRACKING_PASSWORD": environment["ADMIN_PASSWORD"]})
 
 

@@ -38,7 +38,7 @@ class Done:
         return record
 
 
-def run_job(name: str, *words: str, timeout: float = 240, **environment: str) -> Done:
+def run_job(name: str, *words: str, timeout: float = 600, **environment: str) -> Done:
     """Runs ``jobs/NAME.py``."""
     command = [sys.executable, f"jobs/{name}.py", *words]
     done = subprocess.run(

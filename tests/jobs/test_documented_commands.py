@@ -24,7 +24,7 @@ from pipeline.config import ModelConfig
 from pipeline.model_folder import build_unet
 
 diffusers = pytest.importorskip("diffusers")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SMALLER = {
     "train": "--steps 6 --checkpoint-every 3 --base-channels 8 --batch-size 16 --quality-images 0 --grid-images 4 "

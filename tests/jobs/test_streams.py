@@ -19,7 +19,7 @@ from servers import find_program, forget_s3_client, seaweedfs
 
 from pipeline import storage
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 STEPS_PER_EPOCH = 1797 // 32
 
@@ -70,7 +70,7 @@ def test_s3_that_goes_away_for_20_seconds_costs_no_image_and_no_restart(
             "train", *TINY, "--steps", str(steps), "--checkpoint-every", str(steps), "--data", "s3://images/digits",
             "--loader-cache-bytes", "0", "--audit-dir", str(audit), "--name", "outage", "--json", timeout=400,
         )  # fmt: skip
-        thread.join(timeout=60)
+        thread.join(timeout=400)
     assert done.code == 0, done.stderr
     assert was_away
     assert was_away[0] < 2 * steps, "training was over before the server went away"

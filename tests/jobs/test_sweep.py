@@ -22,7 +22,7 @@ from runner import ROOT, TINY, run_job, succeed
 
 from pipeline.sweep.record import SweepRecord
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SMALL = [*TINY, "--quality-images", "0", "--num-images", "20", "--chunk-size", "20", "--Ts", "100"]
 METRIC = "fd_efficientnet_lite0"
@@ -120,7 +120,7 @@ def test_a_killed_sweep_is_restored_with_the_same_trials_and_runs_and_none_of_th
     log = Path(os.environ["DDPM_HOME"]) / "sweep.log"
     with log.open("wb") as output:
         driver = subprocess.Popen([sys.executable, "jobs/tune.py", *words], cwd=ROOT, stdout=output, stderr=output)
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 400
         while not (before := finished("killed")):  # the first trial at the rung is never stopped
             assert time.monotonic() < deadline, log.read_text()
             assert driver.poll() is None, log.read_text()

@@ -70,7 +70,7 @@ def test_spoilt_images_score_worse_in_the_order_of_the_damage(
 
 
 @pytest.mark.usefixtures("one_cluster")
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_distance_falls_over_training_and_the_average_of_the_weights_beats_the_last_ones() -> None:
     prepare_digits()
     words = ["--name", "trend", "--steps", "450", "--checkpoint-every", "150", "--log-every", "150"]

@@ -24,7 +24,7 @@ from worlds import run_one
 from pipeline.config import TrainConfig, override
 from pipeline.training.task import plan
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 KNOBS = {"base_channels": 8, "batch_size": 32, "dropout": 0.1, "random_flip": True, "checkpoint_every": 100}
 
@@ -79,14 +79,14 @@ class Run:
     def _stop(self) -> None:
         for driver in psutil.Process(self._process.pid).children():  # nsenter passes no signals on
             driver.terminate()
-        assert self._process.wait(60) == 130, self._log.read_text()
+        assert self._process.wait(300) == 130, self._log.read_text()
 
     def steps(self, num_workers: int) -> list[int]:
         """Steps that rank 0 of so many workers has taken, in order."""
         path = self.audit / f"rank-00000-of-{num_workers:05d}.jsonl"
         return [json.loads(line)["step"] for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
-    def until(self, condition: Callable[[], bool], seconds: float = 240) -> float:
+    def until(self, condition: Callable[[], bool], seconds: float = 600) -> float:
         """Waits; returns the seconds it took."""
         started = time.monotonic()
         while not condition():
@@ -107,8 +107,8 @@ class SubmittedRun(Run):
         return self._ray("job", "submit", "--submission-id", self._id, "--working-dir", ".", "--", *job)
 
     def _stop(self) -> None:
-        assert self._ray("job", "stop", self._id).wait(60) == 0, self._log.read_text()
-        self._process.wait(60)
+        assert self._ray("job", "stop", self._id).wait(300) == 0, self._log.read_text()
+        self._process.wait(300)
 
     def _ray(self, *words: str) -> "subprocess.Popen[bytes]":
         return self._nodes.popen([*RAY, *words], self._log, ROOT, submitter(self._nodes))
@@ -127,7 +127,7 @@ def submitter(nodes: TwoNodes) -> dict[str, str]:
 def run_beside(nodes: TwoNodes, words: list[str], log: Path, environment: dict[str, str]) -> tuple[int, str]:
     """Runs a command beside the head; returns its exit status and what it said."""
     before = len(log.read_text()) if log.exists() else 0
-    code = nodes.popen(words, log, ROOT, environment).wait(240)
+    code = nodes.popen(words, log, ROOT, environment).wait(600)
     return code, log.read_text()[before:]
 
 
