@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ from servers import (
 from pipeline import storage
 from pipeline.tracking import Tracker
 
+_STARTED = time.monotonic()
 _FOREIGN = ("MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "RAY_ADDRESS", "XDG_DATA_HOME", "DDPM_GIT_COMMIT")
 
 
@@ -137,6 +139,13 @@ def tracker(empty_store: Path) -> Tracker:
     Path(storage.home()).mkdir()
     shutil.copy(empty_store, Path(storage.home()) / "mlflow.db")
     return Tracker()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Ends a run in time on a machine that is too slow for all of it: what it left out is listed with this reason."""
+    minutes = os.environ.get("DDPM_TEST_MINUTES")
+    if minutes and item.get_closest_marker("slow") and time.monotonic() > _STARTED + 60 * float(minutes):
+        pytest.skip(f"DDPM_TEST_MINUTES={minutes} are over; run it alone")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
