@@ -41,7 +41,7 @@ DIGITS = ("prepare_data --source digits", "train --preset digits --name first")
 CIFAR = "prepare_data --source cifar10:cifar-10-binary.tar.gz --data cifar10"
 MINE = (
     "prepare_data --source folder:PICTURES --data mine --image-size 32 --holdout-fraction 0.1",
-    "train --name mine --data mine --image-size 32 --image-channels 3 --attention-resolutions 8",
+    "train --name mine --data mine --image-size 32 --image-channels 3 --attention-resolutions 16",
 )
 BEFORE: dict[str, tuple[str, ...]] = {
     "README.md": (*DIGITS, CIFAR),
@@ -55,7 +55,7 @@ FILLED = {
     r"^folder:(PICTURES|PATH)$": "folder:pictures",
     r"^cifar10(-test)?:(PATH|CIFAR)$": r"cifar10\1:cifar-10-binary.tar.gz",
     r"^webdataset:s3://BUCKET/.*": "webdataset:shards-{00000..00001}.tar",
-    r"^/scratch/.*": "scratch",
+    r"^/scratch/.*": "DESK/scratch",
     r"^50000$": "6",
     r"^first:250$": "first:3",
     r"^first:1500$": "first:6",
@@ -156,7 +156,7 @@ class Reader:
             if word in ("NAME", "FOLDER"):
                 found[place] = names[before]
             for pattern, filling in FILLED.items():
-                found[place] = re.sub(pattern, filling, found[place])
+                found[place] = re.sub(pattern, filling, found[place]).replace("DESK", str(Path.cwd()))
         return found
 
     def small(self, job: str, flags: list[str]) -> list[str]:
