@@ -19,6 +19,7 @@ from pipeline.config import as_params
 from pipeline.errors import UserError, WorldError, first_line
 from pipeline.tracking import leases, ownership, probing, recorded, registry, results, trials
 from pipeline.tracking.checkpoints import Checkpoint, checkpoint_of, published
+from pipeline.tracking.interrupts import uninterrupted
 from pipeline.tracking.ownership import Claim
 from pipeline.tracking.recorded import RecordedRun
 from pipeline.tracking.runs import DataSetInput, Status, TrackedRun, dataset_input, one_line_errors
@@ -71,7 +72,8 @@ class Tracker:
         try:
             mlflow.set_tracking_uri(self.uri)
             with _one_at_a_time(self.uri):
-                self.client: MlflowClient = MlflowClient(self.uri)
+                client = MlflowClient(self.uri)
+                self.client: MlflowClient = client if self.uri.startswith("http") else uninterrupted(client)
                 self.client.search_experiments(max_results=1)
         except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
             # ImportError: the database's driver is not installed.

@@ -166,6 +166,8 @@ class Reader:
         more = SMALLER.get(job, "").split()
         if "--init-from" in flags:
             more += ["--base-channels", "64"]
+        if "--early-stopping" in flags:
+            more += ["--checkpoint-every", "2"]
         if "--num-trials" in flags:
             more += ["--num-trials", "2", "--seeds", "1"]
         return [*flags, *more]
