@@ -22,8 +22,8 @@ from urllib.parse import urlsplit
 from pipeline.errors import UserError, WorldError
 
 __all__ = [
-    "admits_stranger", "connect", "dashboard", "fits", "inventory", "on_each_node", "require", "set_environment",
-    "set_patience", "token",
+    "admits_stranger", "connect", "dashboard", "fits", "inventory", "is_private", "on_each_node", "require",
+    "set_environment", "set_patience", "token",
 ]  # fmt: skip
 
 _QUIET = {
@@ -62,6 +62,11 @@ def set_environment() -> None:
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
+def is_private() -> bool:
+    """Whether this process's cluster is its own: one machine, which starts and ends with it."""
+    return "RAY_ADDRESS" not in os.environ
+
+
 def set_patience(*, hung_after_seconds: float, barrier_seconds: float, elastic: bool) -> None:
     """Sets how long Ray Train waits for workers; its controller takes these from the environment of ``fit``.
 
@@ -74,8 +79,10 @@ def set_patience(*, hung_after_seconds: float, barrier_seconds: float, elastic: 
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(barrier_seconds))
     # Ray counts the workers of a node for 20 s after it died; an elastic group that waits for them only loses time. A
     # fixed one waits for its nodes: a GPU machine of the cloud boots and pulls its image in minutes.
-    start = "30" if elastic else "1800" if "RAY_ADDRESS" in os.environ else "60"
+    start = "30" if elastic else "60" if is_private() else "1800"
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", start)
+    if is_private():  # nobody announces that its only node will be taken away; the watching process takes seconds
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 
 @contextmanager
@@ -210,7 +217,7 @@ def require(*, num_workers: int, cpus_per_worker: int, use_gpu: bool) -> None:
     Raises:
         UserError: ``--use-gpu`` on a machine without enough GPUs.
     """
-    if not use_gpu or "RAY_ADDRESS" in os.environ:
+    if not use_gpu or not is_private():
         return
     if not fits(num_workers=num_workers, cpus_per_worker=cpus_per_worker, use_gpu=True):
         raise UserError(f"--use-gpu: this machine has not {num_workers} GPUs; leave the flag out to use CPUs")

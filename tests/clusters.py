@@ -92,8 +92,17 @@ class Cluster:
 
 
 @contextmanager
-def cluster(*, head_cpus: int, dashboard: bool = False, token: bool = True) -> Iterator[Cluster]:
-    """Starts a head, one that takes jobs if there is a ``dashboard``; ends all nodes at the end."""
+def cluster(
+    *, head_cpus: int, dashboard: bool = False, token: bool = True, preemption: bool = True
+) -> Iterator[Cluster]:
+    """Starts a head, one that takes jobs if there is a ``dashboard``; ends all nodes at the end.
+
+    Args:
+        head_cpus: CPUs that Ray believes the head to have.
+        dashboard: Whether it takes jobs.
+        token: Whether it asks for a token.
+        preemption: Whether each training job watches for nodes that are announced to end, which takes it seconds.
+    """
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short sockets
         port = free_port()
         # The token of this process: Ray reads it once, and a test may join the cluster itself.
@@ -102,6 +111,7 @@ def cluster(*, head_cpus: int, dashboard: bool = False, token: bool = True) -> I
             **(secret if token else {"RAY_AUTH_MODE": "disabled"}),
             **FAST_DEATHS,
             "RAY_ADDRESS": f"127.0.0.1:{port}",
+            **({} if preemption else {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}),
         }
         new = Cluster(folder=Path(folder), port=port, environment=environment)
         new.dashboard_port = free_port() if dashboard else None

@@ -73,7 +73,7 @@ def isolated_test(isolated_session: None, monkeypatch: pytest.MonkeyPatch, tmp_p
 @pytest.fixture(scope="module")
 def cluster_of_module() -> Iterator[Cluster]:
     """One Ray cluster of two CPUs for the tests of a module that ask for ``one_cluster``."""
-    with cluster(head_cpus=2) as nodes:
+    with cluster(head_cpus=2, preemption=False) as nodes:
         yield nodes
 
 

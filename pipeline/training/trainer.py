@@ -168,11 +168,14 @@ def _train(task: TrainingTask, name: str, mailbox: "ActorHandle[Mailbox]", recor
 
 
 class _Trainer(TorchTrainer):
-    """Ray's, without the actor that hands out Ray Data sets: here nobody has any, and its start takes seconds."""
+    """Ray's, without processes that have nothing to do here: the start of each takes seconds."""
 
     def _create_default_callbacks(self) -> list[Any]:
+        idle = {"DatasetsCallback"}  # hands out Ray Data sets
+        if cluster.is_private():
+            idle.add("PlacementGroupCleanerCallback")  # frees what a dead controller held; the cluster ends with it
         all_of_them: list[Any] = cast(Any, super())._create_default_callbacks()
-        return [each for each in all_of_them if type(each).__name__ != "DatasetsCallback"]
+        return [each for each in all_of_them if type(each).__name__ not in idle]
 
 
 def _trainer(task: TrainingTask, name: str, mailbox: "ActorHandle[Mailbox]") -> TorchTrainer:

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 TINY = ["--base-channels", "8", "--batch-size", "32", "--steps", "20", "--checkpoint-every", "10"]
 TINY += ["--log-every", "5", "--sampling-steps", "5", "--grid-images", "4", "--quality-images", "0"]
-"""A run of seconds."""
+TINY += ["--num-workers", "1"]
+"""A run of seconds; by one worker, since each process takes seconds to start."""
 
 
 CLUSTER: dict[str, str] = {}

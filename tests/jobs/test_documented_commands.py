@@ -114,7 +114,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Clust
         makers = (cifar10, celeba_hq, lsun, imagenet64, imagenet64_with_labels, hugging_face)
         for make in (*makers, write_pictures, write_shards, write_models):
             make()
-    with cluster(head_cpus=2) as nodes:
+    with cluster(head_cpus=2, preemption=False) as nodes:
         yield folder, nodes
 
 

@@ -20,12 +20,14 @@ sys.path.append(str(Path(__file__).parent))
 
 from runner import ROOT, TINY, run_job, succeed
 
+from pipeline.tracking import Tracker
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture
-def home() -> str:
-    """A prepared data set under the test's own ``$DDPM_HOME``."""
+def home(tracker: Tracker) -> str:
+    """A prepared data set and a store under the test's own ``$DDPM_HOME``."""
     succeed("prepare_data")
     return os.environ["DDPM_HOME"]
 
@@ -112,6 +114,7 @@ def run_id_of(home: str) -> str:
     return str(mlflow.search_runs([mlflow.get_experiment_by_name("ddpm").experiment_id])[0].info.run_id)
 
 
+@pytest.mark.usefixtures("one_cluster")
 def test_a_stopped_driver_leaves_a_killed_run_that_the_same_command_finishes(home: str) -> None:
     words = [sys.executable, "jobs/train.py", *TINY, "--name", "stopped", "--steps", "100000", "--json"]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
@@ -168,6 +171,7 @@ def test_a_driver_that_is_killed_loses_no_record_and_doubles_none(home: str) -> 
     assert not list(spool.glob("*"))
 
 
+@pytest.mark.usefixtures("one_cluster")
 def test_a_diverging_run_fails_with_the_step_in_one_line(home: str) -> None:
     words = ["--name", "wild", "--lr", "1e30", "--lr-warmup-steps", "1", "--grad-clip", "0", "--max-failures", "0"]
     done = run_job("train", *TINY, *words)
@@ -177,32 +181,6 @@ def test_a_diverging_run_fails_with_the_step_in_one_line(home: str) -> None:
     mlflow = client(home)
     run = mlflow.search_runs([mlflow.get_experiment_by_name("ddpm").experiment_id])[0]
     assert run.info.status == "FAILED"
-
-
-def test_a_sweep_of_four_trials_on_two_cpus_names_a_winner(home: str) -> None:
-    space = ["--schedules", "linear", "cosine", "--Ts", "100", "1000", "--num-images", "40", "--chunk-size", "20"]
-    words = [*TINY, "--steps", "10", "--name", "sweep", *space]
-    result = succeed("tune", *words)
-    assert len(result["trials"]) == 4
-    assert all(trial["value"] > 0 for trial in result["trials"])
-    assert result["winner"]["value"] == min(trial["value"] for trial in result["trials"])
-    mlflow = client(home)
-    parent = mlflow.get_run(result["run_id"])
-    assert parent.info.status == "FINISHED"
-    children = mlflow.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
-    assert len(children) == 4
-    assert {child.info.status for child in children} == {"FINISHED"}
-    assert {(c.data.params["schedule"], c.data.params["T"]) for c in children} == {
-        ("linear", "100"),
-        ("linear", "1000"),
-        ("cosine", "100"),
-        ("cosine", "1000"),
-    }
-    assert {f.path for f in mlflow.list_artifacts(parent.info.run_id)} >= {"sweep.csv", "sweep.txt"}
-    # The same sweep again trains and measures nothing, and gives the same numbers.
-    again = succeed("tune", *words)
-    assert {t["run"]: t["value"] for t in again["trials"]} == {t["run"]: t["value"] for t in result["trials"]}
-    assert len(mlflow.search_runs([parent.info.experiment_id])) == 5
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ def steps_of(uri: str, run_id: str) -> list[int]:
     return [metric.step for metric in MlflowClient(uri).get_metric_history(run_id, "train/loss")]
 
 
+@pytest.mark.usefixtures("one_cluster")
 def test_a_full_disk_ends_the_run_with_one_line_and_the_same_command_finishes_it(
     small_disk: Path, tmp_path: Path
 ) -> None:
@@ -99,9 +100,8 @@ def test_an_s3_that_is_away_while_a_checkpoint_is_due_costs_no_restart(
 
         thread = threading.Thread(target=go_away, daemon=True)
         thread.start()
-        result = succeed(
-            "train", *TINY, "--steps", str(steps), "--data", str(data), "--audit-dir", str(audit), "--name", "away"
-        )
+        words = [*TINY, "--num-workers", "2", "--steps", str(steps), "--data", str(data), "--name", "away"]
+        result = succeed("train", *words, "--audit-dir", str(audit))
         thread.join(timeout=400)
         folders = {
             each.rpartition("/")[0].rpartition("/")[2] for each in storage.list_files("s3://runs/home/runs/away")

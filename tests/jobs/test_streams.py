@@ -68,7 +68,8 @@ def test_s3_that_goes_away_for_20_seconds_costs_no_image_and_no_restart(
         # Without memory for shards every image is fetched when it is needed, so that the outage is met.
         done = run_job(
             "train", *TINY, "--steps", str(steps), "--checkpoint-every", str(steps), "--data", "s3://images/digits",
-            "--loader-cache-bytes", "0", "--audit-dir", str(audit), "--name", "outage", "--json", timeout=400,
+            "--loader-cache-bytes", "0", "--num-workers", "2", "--audit-dir", str(audit), "--name", "outage", "--json",
+            timeout=400,
         )  # fmt: skip
         thread.join(timeout=400)
     assert done.code == 0, done.stderr
@@ -109,6 +110,7 @@ def damaged() -> str:
     return index["keys"][42]
 
 
+@pytest.mark.usefixtures("one_cluster")
 def test_a_damaged_image_stops_training_and_is_named(damaged: str) -> None:
     started = time.monotonic()
     done = run_job("train", *TINY, "--steps", "200", "--name", "stopped")
@@ -122,6 +124,7 @@ def test_a_damaged_image_stops_training_and_is_named(damaged: str) -> None:
     assert time.monotonic() - started < 150
 
 
+@pytest.mark.usefixtures("one_cluster")
 def test_damage_is_skipped_counted_and_the_same_for_any_number_of_workers(damaged: str, tmp_path: Path) -> None:
     words = [*TINY, "--steps", str(STEPS_PER_EPOCH), "--on-bad-data", "skip"]
     batches = []

@@ -21,6 +21,7 @@ from clusters import Cluster, cluster
 from runner import ROOT, TINY, run_job, succeed
 
 from pipeline.sweep.record import SweepRecord
+from pipeline.tracking import Tracker
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -31,13 +32,13 @@ METRIC = "fd_efficientnet_lite0"
 @pytest.fixture(scope="module")
 def two_cpus() -> Iterator[Cluster]:
     """One node of two CPUs, shared by all tests of this file: each of them starts its driver on it."""
-    with cluster(head_cpus=2) as nodes:
+    with cluster(head_cpus=2, preemption=False) as nodes:
         yield nodes
 
 
 @pytest.fixture
-def ray(two_cpus: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets jobs join the cluster and gives this test a data set of its own."""
+def ray(two_cpus: Cluster, tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets jobs join the cluster and gives this test a data set and a store of its own."""
     for name, value in two_cpus.environment.items():
         monkeypatch.setenv(name, value)
     succeed("prepare_data")
@@ -99,6 +100,12 @@ def test_six_trials_on_two_cpus_end_though_one_diverges_and_alike_trials_are_ali
     }
     version = mlflow.get_model_version_by_alias("best", "champion")
     assert version.tags["run"] == result["winner"]["run"]
+    assert result["winner"]["value"] == min(trial["value"] for trial in good)
+    assert {f.path for f in mlflow.list_artifacts(result["run_id"])} >= {"sweep.csv", "sweep.txt"}
+    # The same sweep again trains and measures nothing that is there, and gives the same numbers.
+    again = succeed("tune", *SMALL, *space, *options, "--name", "six")
+    assert {t["run"]: t["value"] for t in again["trials"]} == {t["run"]: t["value"] for t in result["trials"]}
+    assert len(mlflow.search_runs([parent.info.experiment_id])) == 7
 
 
 def mlflow_text(mlflow: MlflowClient, run_id: str, name: str) -> str:
