@@ -57,14 +57,11 @@ services: install ## MLflow, PostgreSQL and S3 on this machine; says what to sou
 services-down: ## End them; data stays
 	@$(BIN)/python infra/services down $(ARGS)
 
-# VARIANT=cpu is several GB smaller.
-VARIANT ?= cuda
 ENGINE ?= docker
 IMAGE ?= ddpm-ray:0.1.0
-CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-image: ## Build the container image (VARIANT=cuda or cpu, IMAGE=NAME:TAG, ENGINE=docker, podman or buildah)
+image: ## Build the container image (IMAGE=NAME:TAG, ENGINE=docker, podman or buildah, TORCH_PIP_ARGS as for install)
 	@$(ENGINE) build --file infra/image/Dockerfile --build-arg DDPM_GIT_COMMIT=$$(git rev-parse HEAD) \
-		$(if $(filter cpu,$(VARIANT)),--build-arg TORCH_PIP_ARGS="--extra-index-url $(CPU_INDEX)") --tag $(IMAGE) .
+		$(if $(TORCH_PIP_ARGS),--build-arg TORCH_PIP_ARGS="$(TORCH_PIP_ARGS)") --tag $(IMAGE) .
 
 lint: install-dev ## Check style
 	@$(BIN)/ruff check .
