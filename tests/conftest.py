@@ -48,6 +48,16 @@ def _isolate(patch: pytest.MonkeyPatch, home: Path) -> None:
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
 
 
+def _forget_store() -> None:
+    """MLflow keeps the store that it was given, in itself and in the environment: the next test would write there.
+
+    Popped, not patched: what is patched away now comes back at the end.
+    """
+    if "mlflow" in sys.modules:
+        sys.modules["mlflow"].set_tracking_uri(None)
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def isolated_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Isolates fixtures that outlive one test; one torch thread makes tests repeatable and gentle to neighbours."""
@@ -60,14 +70,12 @@ def isolated_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 @pytest.fixture(autouse=True)
 def isolated_test(isolated_session: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Gives each test its own ``$DDPM_HOME`` and S3 client."""
-    # MLflow puts the store that it was given into the environment, where the next test or module would find it. Popped,
-    # not patched: what is patched away now comes back at the end.
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    _forget_store()
     _isolate(monkeypatch, tmp_path / "home")
     forget_s3_client()
     yield
     forget_s3_client()
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    _forget_store()
 
 
 @pytest.fixture(scope="module")
