@@ -220,7 +220,10 @@ def require(*, num_workers: int, cpus_per_worker: int, use_gpu: bool) -> None:
     if not use_gpu or not is_private():
         return
     if not fits(num_workers=num_workers, cpus_per_worker=cpus_per_worker, use_gpu=True):
-        raise UserError(f"--use-gpu: this machine has not {num_workers} GPUs; leave the flag out to use CPUs")
+        raise UserError(
+            f"--use-gpu: this machine has not {num_workers} GPUs, one for each worker; "
+            "give a smaller --num-workers, or leave --use-gpu out to use CPUs"
+        )
 
 
 def _env_vars() -> dict[str, str]:

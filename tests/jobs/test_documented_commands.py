@@ -39,14 +39,11 @@ WITHOUT = ("--use-gpu", "--compile", "--features inception", "--inception-weight
 """What needs GPUs, a compiler, or the weights of 2015."""
 DIGITS = ("prepare_data --source digits", "train --preset digits --name first")
 CIFAR = "prepare_data --source cifar10:cifar-10-binary.tar.gz --data cifar10"
-MINE = (
-    "prepare_data --source folder:PICTURES --data mine --image-size 32 --holdout-fraction 0.1",
-    "train --name mine --data mine --image-size 32 --image-channels 3 --attention-resolutions 16",
-)
+MINE = "prepare_data --source folder:PICTURES --data mine --image-size 32"
 BEFORE: dict[str, tuple[str, ...]] = {
     "README.md": (*DIGITS, CIFAR),
     "docs/evaluation.md": ("train --preset digits --name second --seed 1", "evaluate --run second --last"),
-    "docs/howto.md": (*DIGITS, "evaluate --run first", CIFAR, *MINE),
+    "docs/howto.md": (*DIGITS, "evaluate --run first", CIFAR, MINE),
 }
 """What a page takes for granted, beside what the pages before it have left."""
 OWN_HOME = ("docs/howto.md", "docs/tutorial.md")
@@ -198,6 +195,6 @@ def test_the_commands_of_a_page_do_what_they_say(
         print(f"{time.monotonic():.0f} {command} {shlex.join(command.words)}", flush=True)
         reader.follow(command.job, command.flags)
     if page == "docs/tutorial.md":
-        report = (home / "reports" / "ddpm.html").read_text()
+        report = (home / "reports" / "mine.html").read_text()
         assert report.count("<circle") == 2  # a point for each checkpoint
         assert (home / "show" / "mine-step-6" / "index.html").exists()
