@@ -32,8 +32,9 @@ def cifar10() -> None:
     with tarfile.open("cifar-10-binary.tar.gz", "w:gz") as archive:
         add(archive, "cifar-10-batches-bin/batches.meta.txt", ("\n".join(names) + "\n\n").encode())
         for batch in [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"]:
-            records = random.integers(0, 256, (4, 3073), dtype=np.uint8)
-            records[:, 0] = random.integers(0, 10, 4)
+            count = 16 if batch == "test_batch.bin" else 4  # enough for a batch of training
+            records = random.integers(0, 256, (count, 3073), dtype=np.uint8)
+            records[:, 0] = random.integers(0, 10, count)
             add(archive, f"cifar-10-batches-bin/{batch}", records.tobytes())
 
 
@@ -78,7 +79,7 @@ def hugging_face() -> None:
 
 LAYOUTS: dict[str, tuple[Callable[[], None], int, int, int]] = {
     "cifar10": (cifar10, 20, 32, 10),
-    "cifar10-test": (cifar10, 4, 32, 10),
+    "cifar10-test": (cifar10, 16, 32, 10),
     "celebahq256": (celeba_hq, 5, 256, 0),
     "lsun256": (lsun, 4, 256, 0),
     "imagenet64": (imagenet64, 6, 64, 0),

@@ -29,8 +29,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SMALLER = {
     "train": "--steps 6 --checkpoint-every 3 --base-channels 8 --batch-size 16 --quality-images 0 --grid-images 4 "
     "--sampling-steps 3 --num-images 4 --chunk-size 4 --num-workers 1",
-    "tune": "--steps 4 --checkpoint-every 4 --base-channels 8 --schedules linear --Ts 100 --num-images 4 "
-    "--chunk-size 4 --sampling-steps 3 --quality-images 0 --num-workers 1 --grid-images 4",
+    "tune": "--steps 4 --checkpoint-every 4 --batch-size 16 --base-channels 8 --schedules linear --Ts 100 "
+    "--num-images 4 --chunk-size 4 --sampling-steps 3 --quality-images 0 --num-workers 1 --grid-images 4",
     "evaluate": "--num-images 4 --chunk-size 4 --sampling-steps 3 --num-workers 1",
     "show": "--num-images 2 --sampling-steps 3",
 }
@@ -39,15 +39,13 @@ WITHOUT = ("--use-gpu", "--compile", "--features inception", "--inception-weight
 """What needs GPUs, a compiler, or the weights of 2015."""
 DIGITS = ("prepare_data --source digits", "train --preset digits --name first")
 CIFAR = "prepare_data --source cifar10:cifar-10-binary.tar.gz --data cifar10"
-MINE = "prepare_data --source folder:PICTURES --data mine --image-size 32"
+MINE = "prepare_data --source folder:PICTURES --data mine --image-size 16"
 BEFORE: dict[str, tuple[str, ...]] = {
     "README.md": (*DIGITS, CIFAR),
     "docs/evaluation.md": ("train --preset digits --name second --seed 1", "evaluate --run second --last"),
     "docs/howto.md": (*DIGITS, "evaluate --run first", CIFAR, MINE),
 }
 """What a page takes for granted, beside what the pages before it have left."""
-OWN_HOME = ("docs/howto.md", "docs/tutorial.md")
-"""Pages that give other things the names that the README has given."""
 FILLED = {
     r"^folder:(PICTURES|PATH)$": "folder:pictures",
     r"^cifar10(-test)?:(PATH|CIFAR)$": r"cifar10\1:cifar-10-binary.tar.gz",
@@ -116,9 +114,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Clust
 
 
 @pytest.fixture(scope="module")
-def readers() -> dict[str, "Reader"]:
-    """By home."""
-    return {}
+def reader() -> "Reader":
+    """Who reads all pages."""
+    return Reader()
 
 
 class Reader:
@@ -180,14 +178,13 @@ def page_of(command: Command) -> str:
 
 @pytest.mark.parametrize("page", [page for page, _ in groupby(ALL_COMMANDS, page_of)])
 def test_the_commands_of_a_page_do_what_they_say(
-    page: str, desk: tuple[Path, Cluster], readers: dict[str, Reader], monkeypatch: pytest.MonkeyPatch
+    page: str, desk: tuple[Path, Cluster], reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, nodes = desk
-    home = folder / (f"home-{Path(page).stem}" if page in OWN_HOME else "home")
+    home = folder / "home"
     monkeypatch.chdir(folder)
     for name, value in {**nodes.environment, "DDPM_HOME": str(home)}.items():
         monkeypatch.setenv(name, value)
-    reader = readers.setdefault(home.name, Reader())
     for line in BEFORE.get(page, ()):
         job, *words = shlex.split(line)
         reader.follow(job, words)
