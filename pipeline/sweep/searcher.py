@@ -13,7 +13,7 @@ from pipeline.sweep.bookkeeping import task_of
 from pipeline.sweep.points import Source
 from pipeline.sweep.record import SweepRecord
 from pipeline.sweep.space import Trial
-from pipeline.sweep.trial_run import OBJECTIVE, STEP
+from pipeline.sweep.trial_run import GOES_ON, OBJECTIVE, STEP
 
 __all__ = ["TrialSearcher", "rungs_of", "stopping"]
 
@@ -76,12 +76,23 @@ def rungs_of(config: TuneConfig) -> tuple[int, ...]:
     return tuple(rungs)
 
 
+class _Stopping(ASHAScheduler):
+    """Ray's ASHA, which asks a trial only once at each rung.
+
+    A killed sweep may have let a trial pass that others, which reported in another order this time, would now stop.
+    """
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        return TrialScheduler.CONTINUE if result.get(GOES_ON) else decision
+
+
 def stopping(config: TuneConfig, record: SweepRecord) -> TrialScheduler:
     """Ray's ASHA, told again what earlier trials of the sweep were worth at the rungs; or nobody is stopped."""
     rungs = rungs_of(config)
     if not rungs:
         return FIFOScheduler()  # type: ignore[no-untyped-call]
-    scheduler = ASHAScheduler(
+    scheduler = _Stopping(
         time_attr=STEP,
         metric=OBJECTIVE,
         mode="min",
@@ -93,5 +104,5 @@ def stopping(config: TuneConfig, record: SweepRecord) -> TrialScheduler:
         earlier: Any = SimpleNamespace(trial_id=key)
         scheduler.on_trial_add(None, earlier)  # type: ignore[arg-type]
         for step, value in sorted(ended.rungs.items()):
-            scheduler.on_trial_result(None, earlier, {STEP: step, OBJECTIVE: value})  # type: ignore[arg-type]
+            scheduler.on_trial_result(None, earlier, {STEP: step, OBJECTIVE: value})
     return scheduler

@@ -14,10 +14,10 @@ from pipeline.sweep.space import Trial
 from pipeline.tracking import Tracker
 from pipeline.training.trainer import fit
 
-__all__ = ["ENDED", "OBJECTIVE", "STEP", "TrialPlan", "run_trial"]
+__all__ = ["ENDED", "GOES_ON", "OBJECTIVE", "STEP", "TrialPlan", "run_trial"]
 
-ENDED, STEP, OBJECTIVE = "ended", "step", "objective"
-"""Keys of what a trial reports: how it ended, or the objective at a rung."""
+ENDED, STEP, OBJECTIVE, GOES_ON = "ended", "step", "objective", "goes_on"
+"""Keys of what a trial reports: how it ended, or the objective at a rung and whether it was let pass there before."""
 _PREDECESSOR_SECONDS = 60.0
 _NO_VALUE = 1e30
 """Of a failed trial, at step 0, where early stopping does not look: Tune wants a finite number in every report."""
@@ -50,9 +50,10 @@ def run_trial(plan: TrialPlan, trial: Trial) -> Iterator[dict[str, Any]]:
     try:
         tracker = Tracker()
         _await_end_of_predecessor(f"{plan.sweep}-{trial.key}", tracker)
+        reached = _reached(f"{plan.sweep}-{trial.key}", tracker)
         for step in plan.rungs:
             rungs[step] = _at_rung(plan, trial, tracker, step)
-            yield {STEP: step, OBJECTIVE: rungs[step]}
+            yield {STEP: step, OBJECTIVE: rungs[step], GOES_ON: reached > step}
         ended = _to_the_end(plan, trial, tracker)
     except (UserError, WorldError) as error:
         ended = Ended(status="failed", error=" ".join(str(error).split()))
@@ -92,6 +93,12 @@ def _await_end_of_predecessor(run: str, tracker: Tracker) -> None:
     deadline = time.monotonic() + _PREDECESSOR_SECONDS
     while tracker.is_held(run) and time.monotonic() < deadline:
         time.sleep(1.0)
+
+
+def _reached(run: str, tracker: Tracker) -> int:
+    """The step that the trial had reached in a sweep that was killed. Beyond a rung it was let pass there."""
+    found = tracker.find_run(run)
+    return 0 if found is None else tracker.last_step(found.info.run_id)
 
 
 def _tags(trial: Trial) -> dict[str, str]:

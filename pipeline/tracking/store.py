@@ -181,6 +181,11 @@ class Tracker:
         trials.note(self.client, run_id, tags=tags, metrics=metrics, step=step, files=files, status=status)
 
     @one_line_errors
+    def last_step(self, run_id: str) -> int:
+        """The last step that a run has logged; see ``trials.last_step``."""
+        return trials.last_step(self.client, run_id)
+
+    @one_line_errors
     def run_names(self, limit: int = 20) -> list[str]:
         """Names of the newest runs."""
         experiments = [entry.experiment_id for entry in self.client.search_experiments()]

@@ -10,7 +10,12 @@ from pipeline.tracking.runs import Status
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["note"]
+__all__ = ["last_step", "note"]
+
+
+def last_step(client: "MlflowClient", run_id: str) -> int:
+    """The last step whose loss is logged; 0 if none is."""
+    return max((metric.step for metric in client.get_metric_history(run_id, "train/loss")), default=0)
 
 
 def note(

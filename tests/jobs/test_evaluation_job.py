@@ -96,7 +96,7 @@ def test_an_evaluation_killed_at_a_late_chunk_makes_only_the_missing_ones_and_gi
     command = [sys.executable, "-c", KILLED_AT_CHUNK_8, *of_run, "--num-workers", "1"]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert (kept := kept_chunks()) == 7
+    assert (kept := kept_chunks()) in (7, 8)  # the eighth as well, where the disk is fast
     assert points(run_id) == []
     assert not Tracker().checkpoints("1")[0].results(), "half a result was left behind"
     with caplog.at_level("INFO"):

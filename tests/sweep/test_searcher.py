@@ -80,3 +80,16 @@ def test_a_restored_sweep_stops_trials_by_what_earlier_trials_were_worth() -> No
         scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
         decisions[value] = scheduler.on_trial_result(None, trial, {"step": 10, "objective": value})  # type: ignore[arg-type]
     assert decisions == {0.5: TrialScheduler.CONTINUE, 4.5: TrialScheduler.STOP}
+
+
+def test_a_trial_that_was_let_pass_a_rung_goes_on_and_counts_there() -> None:
+    ended = {"1": Ended(status="finished", step=100, rungs={10: 1.0})}
+    scheduler = stopping(STOPPING, SweepRecord(name="s", config=STOPPING, ended=ended))
+    decisions = []
+    for number, goes_on in enumerate((True, False, False)):
+        trial: Any = SimpleNamespace(trial_id=f"new-{number}")
+        scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
+        report = {"step": 10, "objective": 2.0 - 0.1 * number, "goes_on": goes_on}
+        decisions.append(scheduler.on_trial_result(None, trial, report))  # type: ignore[arg-type]
+    # The third is better than the median of the first three; without the one that was let pass it would not be.
+    assert decisions == [TrialScheduler.CONTINUE, TrialScheduler.STOP, TrialScheduler.CONTINUE]
