@@ -17,7 +17,7 @@ from servers import mlflow_server
 
 from pipeline import storage
 from pipeline.errors import UserError, WorldError
-from pipeline.tracking import TIMESTAMP, Checkpoint, DataSetInput, TakenOverError, TrackedRun, Tracker, ownership
+from pipeline.tracking import TIMESTAMP, Checkpoint, DataSetInput, TakenOverError, TrackedRun, Tracker, ownership, store
 from pipeline.tracking.ownership import ABANDONED_SECONDS, Claim, latest_claim
 
 
@@ -132,6 +132,7 @@ def test_a_server_that_nobody_started_is_one_clear_line_and_soon(monkeypatch):
 def test_a_server_that_accepts_and_stays_silent_is_given_up_soon(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(store, "_HEALTH_SECONDS", 2.0)
         begin = time.monotonic()
         with pytest.raises(WorldError, match=r"does not answer \(ReadTimeout\)"):
             Tracker()

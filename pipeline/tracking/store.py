@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 _SETTLE_SECONDS = 0.3
 """How long a new run waits for others of its name that are created at the same moment."""
 _MAX_STARTS = 8
+_HEALTH_SECONDS = 20.0
+"""How long a server may take to say that it is there: a busy one takes seconds."""
 _PROBE_EXPERIMENT = "ddpm-doctor"
 _PARAM_LIMIT = 6000  # MLflow's, in characters
 # Without it the UI guesses from the contents and may show the pages for language models.
@@ -484,7 +486,7 @@ def _check_reachable(uri: str) -> None:
     import requests
 
     try:
-        requests.get(f"{uri.rstrip('/')}/health", timeout=5).raise_for_status()
+        requests.get(f"{uri.rstrip('/')}/health", timeout=(5, _HEALTH_SECONDS)).raise_for_status()
     except requests.RequestException as error:
         detail = type(error).__name__ if error.response is None else f"HTTP {error.response.status_code}"
         raise WorldError(
