@@ -1,6 +1,7 @@
 """Two machines in one: Ray nodes in network and process namespaces of their own, with a cable that can be pulled."""
 
 import itertools
+import json
 import os
 import secrets
 import shutil
@@ -111,6 +112,14 @@ class TwoNodes:
         given = self.environment if environment is None else environment
         with log.open("ab") as output:
             return subprocess.Popen(command, env={**os.environ, **given}, stdout=output, stderr=output)
+
+    def controller_log(self, lines: int = 40) -> str:
+        """What Ray Train's controllers said last: beside a run that hangs it tells what is waited for."""
+        found = []
+        for file in self._folder.glob("session_2*/logs/train/ray-train-sys-controller-*.log"):
+            records = map(json.loads, file.read_text().splitlines()[-lines:])
+            found += [f"{record['asctime']} {record['levelname']} {record['message']}" for record in records]
+        return "\n".join(sorted(found)[-lines:])
 
     def remove(self) -> None:
         """Ends the nodes and takes everything away, links first: they outlive their namespace."""

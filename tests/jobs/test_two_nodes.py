@@ -90,7 +90,8 @@ class Run:
         """Waits; returns the seconds it took."""
         started = time.monotonic()
         while not condition():
-            assert time.monotonic() < started + seconds, self._log.read_text()
+            late = time.monotonic() > started + seconds
+            assert not late, f"{self._log.read_text()}\n{self._nodes.controller_log()}"
             assert self._process.poll() in (None, 0), self._log.read_text()
             time.sleep(0.2)
         return time.monotonic() - started
