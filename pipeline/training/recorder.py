@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 10.0
 _POLL_SECONDS = 1.0
+_BATCH_SECONDS = 2.0
+"""Records of so long go to MLflow in one request: each costs the server the same, whatever is in it."""
 _PATIENCE_SECONDS = 120.0
 _STOP_SECONDS = 5.0
 
@@ -83,7 +85,7 @@ class Recorder:
         # An upload takes seconds to minutes; signs of life must not wait for it.
         self._publisher = Background("publish")
         self._publishing: Future[bool] | None = None
-        self._next_try = 0.0
+        self._next_try = self._next_batch = 0.0
         self._progress = progress or Lines(config.steps)
         self.last_record: Record = {}
         self.saved_step: int | None = None
@@ -122,7 +124,7 @@ class Recorder:
         self._fetch()
         while True:
             try:
-                self._send()
+                self._send(at_once=True)
                 if not self._unsent and not self._unpublished:
                     break
                 time.sleep(0.05)
@@ -214,12 +216,13 @@ class Recorder:
             self.last_record = record
             self._progress.show(record)
 
-    def _send(self) -> None:
+    def _send(self, *, at_once: bool = False) -> None:
         self._run.heartbeat()
         self._sort()
-        if self._unsent:
+        if self._unsent and (at_once or time.monotonic() >= self._next_batch):
             self._run.log_metrics(self._unsent)
             self._unsent.clear()
+            self._next_batch = time.monotonic() + _BATCH_SECONDS
         if self._publishing is not None and self._publishing.done():
             done, self._publishing = self._publishing, None
             is_published = done.result()

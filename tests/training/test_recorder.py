@@ -262,6 +262,7 @@ def test_a_server_that_is_away_in_the_middle_of_a_run_costs_and_doubles_nothing(
     with mlflow_process(tmp_path / "server") as (uri, server):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         monkeypatch.setattr(recorder_module, "_RETRY_SECONDS", 1.0)
+        monkeypatch.setattr(recorder_module, "_BATCH_SECONDS", 0.0)
         mail: list[Any] = [record(2), committed(out, 4)]
         recorder = make_recorder(task, tmp_path, monkeypatch, mail)
         recorder.turn()
@@ -276,3 +277,30 @@ def test_a_server_that_is_away_in_the_middle_of_a_run_costs_and_doubles_nothing(
         assert steps_of(recorder) == [2, 4, 6, 8]
         assert sorted(entry.step for entry in Tracker().checkpoints(recorder._run.experiment_id)) == [4, 8]
         assert Tracker().client.get_run(recorder._run.run_id).info.status == "FINISHED"
+
+
+def test_records_of_two_seconds_are_one_request_and_the_end_waits_for_none(
+    trained: tuple[TrainingTask, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, _ = trained
+    mail: list[Any] = [record(2)]
+    recorder = make_recorder(task, tmp_path, monkeypatch, mail)
+    sent: list[list[int]] = []
+    log = recorder._run.log_metrics
+
+    def count(records: list[dict[str, Any]]) -> None:
+        sent.append([each["step"] for each in records])
+        log(records)
+
+    monkeypatch.setattr(recorder._run, "log_metrics", count)
+    recorder.turn()
+    for step in (4, 6):
+        mail += [record(step)]
+        recorder.turn()
+    assert sent == [[2]]
+    monkeypatch.setattr(recorder, "_next_batch", 0.0)  # two seconds later
+    recorder.turn()
+    mail += [record(8)]
+    recorder.finish()
+    assert sent == [[2], [4, 6], [8]]
+    assert steps_of(recorder) == [2, 4, 6, 8]
