@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # Where torch comes from. On Linux the public index serves CUDA builds; for a smaller CPU build give pip the CPU index
-# of PyTorch too, since it need not have what else is pinned: make install TORCH_PIP_ARGS="--extra-index-url URL"
+# of PyTorch too (as a further one, since it need not have what else is pinned): make install TORCH_PIP_ARGS="OPTIONS"
 TORCH_PIP_ARGS ?=
 # Further flags of the job that a target starts: make train ARGS="--steps 2000"
 ARGS ?=

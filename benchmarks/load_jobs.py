@@ -149,50 +149,51 @@ def _found(arguments: Arguments, names: list[str], sweep: str, codes: dict[str, 
     """Rows of the table: what was wanted, and how much of it MLflow lacks or has twice."""
     client = MlflowClient()
     experiment = client.get_experiment_by_name(_EXPERIMENT).experiment_id
-    children = f"tags.`mlflow.parentRunId` = '{_named(client, experiment, sweep).info.run_id}'"
-    trials = [run for run in client.search_runs([experiment], children) if run.data.params]
-    jobs = [_named(client, experiment, name) for name in names]
+    parent = _named(client, experiment, sweep)
+    children = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'" if parent else ""
+    trials = [run for run in client.search_runs([experiment], children) if run.data.params] if parent else []
+    jobs = [run for name in names if (run := _named(client, experiment, name))]
     failed = sum(codes[name] != 0 for name in names)
-    rows = [
-        _row(client, f"{len(jobs)} training jobs", jobs, arguments.steps, arguments.checkpoint_every, arguments, failed)
-    ]
-    failed = (
-        int(codes[sweep] != 0) + sum(_DISTANCE not in trial.data.metrics for trial in trials) + abs(len(trials) - 6)
-    )
+    train = _row(client, arguments.jobs, jobs, arguments.steps, arguments.checkpoint_every, arguments.log_every)
+    failed = int(codes[sweep] != 0) + sum(_DISTANCE not in trial.data.metrics for trial in trials) + 6 - len(trials)
     steps = arguments.trial_steps
-    return [*rows, _row(client, "a sweep of 6 trials", trials, steps, steps, arguments, failed)]
+    tune = _row(client, 6, trials, steps, steps, arguments.log_every)
+    return [
+        ["training jobs", *train, str(sum(codes[name] != 0 for name in names))],
+        ["trials of a sweep", *tune, str(failed)],
+    ]
 
 
 def _seconds_together(names: list[str], sweep: str) -> float:
     """From the first record of the last job to the end of the first that ended, by MLflow's clock."""
     client = MlflowClient()
     experiment = client.get_experiment_by_name(_EXPERIMENT).experiment_id
-    runs = [_named(client, experiment, name) for name in names]
-    first = max(client.get_metric_history(run.info.run_id, "train/loss")[0].timestamp for run in runs)
-    ends = [run.info.end_time for run in [*runs, _named(client, experiment, sweep)]]
-    return max(0.0, (min(ends) - first) / 1000)
+    runs = [run for name in (*names, sweep) if (run := _named(client, experiment, name))]
+    losses = [client.get_metric_history(run.info.run_id, "train/loss") for run in runs if run.info.run_name != sweep]
+    if len(runs) <= len(names) or not all(losses) or not all(run.info.end_time for run in runs):
+        return 0.0  # one of them did not get to its end
+    return max(0.0, (min(run.info.end_time for run in runs) - max(loss[0].timestamp for loss in losses)) / 1000)
 
 
-def _named(client: MlflowClient, experiment: str, name: str) -> Run:
+def _named(client: MlflowClient, experiment: str, name: str) -> Run | None:
     # A request to create a run that the busy server answers too late is sent again and leaves an empty run behind.
-    (run,) = (run for run in client.search_runs([experiment], f"attributes.run_name = '{name}'") if run.data.params)
-    return run
+    found = [run for run in client.search_runs([experiment], f"attributes.run_name = '{name}'") if run.data.params]
+    return found[0] if found else None
 
 
-def _row(
-    client: MlflowClient, title: str, runs: list[Run], steps: int, every: int, arguments: Arguments, failed: int
-) -> list[str]:
-    wanted = set(range(arguments.log_every, steps + 1, arguments.log_every))
+def _row(client: MlflowClient, count: int, runs: list[Run], steps: int, every: int, log_every: int) -> list[str]:
+    """Counts of so many runs; one that is not there has lost everything."""
+    wanted = set(range(log_every, steps + 1, log_every))
     checkpoints = {str(step) for step in range(every, steps + 1, every)}
-    lost = twice = unpublished = 0
+    missing = count - len(runs)
+    lost, twice, unpublished = missing * len(wanted), 0, missing * len(checkpoints)
     for run in runs:
         kept = [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
         lost, twice = lost + len(wanted - set(kept)), twice + len(kept) - len(set(kept))
         models: Any = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
         unpublished += len(checkpoints - {model.tags["step"] for model in models})
-        failed += run.info.status != "FINISHED"
-    counts = [len(runs), len(runs) * len(wanted), lost, twice, len(runs) * len(checkpoints), unpublished, failed]
-    return [title, *(f"{count:,}" for count in counts)]
+    counts = [len(runs), count * len(wanted), lost, twice, count * len(checkpoints), unpublished]
+    return [f"{number:,}" for number in counts]
 
 
 if __name__ == "__main__":

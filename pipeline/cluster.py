@@ -47,6 +47,9 @@ _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 
+_JOINED = "DDPM_JOINED_CLUSTER"
+"""Set in the workers of a job that joined a cluster: Ray gives them no ``RAY_ADDRESS``, and a sweep's trial is one."""
+
 # What workers on other machines need to find storage and MLflow. Never credentials: env_vars show in the dashboard.
 _FORWARDED = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION", "DDPM_HOME")
 _FORWARDED_URIS = ("MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL")
@@ -63,8 +66,8 @@ def set_environment() -> None:
 
 
 def is_private() -> bool:
-    """Whether this process's cluster is its own: one machine, which starts and ends with it."""
-    return "RAY_ADDRESS" not in os.environ
+    """Whether the cluster is the job's own: one machine, which starts and ends with it; true in its workers as well."""
+    return not {"RAY_ADDRESS", _JOINED} & os.environ.keys()
 
 
 def set_patience(*, hung_after_seconds: float, barrier_seconds: float, elastic: bool) -> None:
@@ -79,7 +82,7 @@ def set_patience(*, hung_after_seconds: float, barrier_seconds: float, elastic: 
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(barrier_seconds))
     # Ray counts the workers of a node for 20 s after it died; an elastic group that waits for them only loses time. A
     # fixed one waits for its nodes: a GPU machine of the cloud boots and pulls its image in minutes.
-    start = "30" if elastic else "60" if is_private() else "1800"
+    start = "30" if elastic else "1800" if "RAY_ADDRESS" in os.environ else "60"
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", start)
     if is_private():  # nobody announces that its only node will be taken away; the watching process takes seconds
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -217,7 +220,7 @@ def require(*, num_workers: int, cpus_per_worker: int, use_gpu: bool) -> None:
     Raises:
         UserError: ``--use-gpu`` on a machine without enough GPUs.
     """
-    if not use_gpu or not is_private():
+    if not use_gpu or "RAY_ADDRESS" in os.environ:
         return
     if not fits(num_workers=num_workers, cpus_per_worker=cpus_per_worker, use_gpu=True):
         raise UserError(
@@ -233,6 +236,8 @@ def _env_vars() -> dict[str, str]:
         if value and urlsplit(value).password is None:
             forwarded[name] = value
     wanted = {**forwarded, **{name: os.environ[name] for name in _QUIET}}
+    if not is_private():
+        wanted[_JOINED] = "1"
     # Ray refuses a variable that the submitted job's own runtime environment already gives.
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     given = (job.get("runtime_env") or {}).get("env_vars") or {}
