@@ -49,13 +49,27 @@ def _isolate(patch: pytest.MonkeyPatch, home: Path) -> None:
 
 
 def _forget_store() -> None:
-    """MLflow keeps the store that it was given, in itself and in the environment: the next test would write there.
-
-    Popped, not patched: what is patched away now comes back at the end.
-    """
+    """MLflow keeps the store that it was given, in itself and in the environment: the next test would write there."""
     if "mlflow" in sys.modules:
         sys.modules["mlflow"].set_tracking_uri(None)
     os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
+@pytest.fixture(autouse=True)
+def same_environment_after_it(isolated_session: None) -> Iterator[None]:
+    """Takes back what a test, or the code that it calls, set for good: the next one's commands would inherit it.
+
+    Not ``monkeypatch``, which at its end brings back the value that a second patch of an unset name found.
+    """
+    _forget_store()  # that of fixtures of a module or the session
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    for name, value in before.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+    _forget_store()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -68,14 +82,12 @@ def isolated_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 
 @pytest.fixture(autouse=True)
-def isolated_test(isolated_session: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def isolated_test(same_environment_after_it: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Gives each test its own ``$DDPM_HOME`` and S3 client."""
-    _forget_store()
     _isolate(monkeypatch, tmp_path / "home")
     forget_s3_client()
     yield
     forget_s3_client()
-    _forget_store()
 
 
 @pytest.fixture(scope="module")

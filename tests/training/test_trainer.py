@@ -91,5 +91,3 @@ def test_a_fixed_group_waits_for_machines_that_boot_and_an_elastic_one_does_not(
         assert os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == seconds
         assert os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] == "7"
         assert os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] == "9"
-    for name in ("WORKER_GROUP_START", "WORKER_HEALTH_CHECK", "COLLECTIVE"):
-        monkeypatch.delenv(f"RAY_TRAIN_{name}_TIMEOUT_S")
