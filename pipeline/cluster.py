@@ -82,7 +82,7 @@ def set_patience(*, hung_after_seconds: float, barrier_seconds: float, elastic: 
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(barrier_seconds))
     # Ray counts the workers of a node for 20 s after it died; an elastic group that waits for them only loses time. A
     # fixed one waits for its nodes: a GPU machine of the cloud boots and pulls its image in minutes.
-    start = "30" if elastic else "1800" if "RAY_ADDRESS" in os.environ else "60"
+    start = "30" if elastic else "60" if is_private() else "1800"
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", start)
     if is_private():  # nobody announces that its only node will be taken away; the watching process takes seconds
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -220,7 +220,7 @@ def require(*, num_workers: int, cpus_per_worker: int, use_gpu: bool) -> None:
     Raises:
         UserError: ``--use-gpu`` on a machine without enough GPUs.
     """
-    if not use_gpu or "RAY_ADDRESS" in os.environ:
+    if not use_gpu or not is_private():
         return
     if not fits(num_workers=num_workers, cpus_per_worker=cpus_per_worker, use_gpu=True):
         raise UserError(

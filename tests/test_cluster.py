@@ -1,10 +1,12 @@
 """Who is told what about the cluster that a job runs on."""
 
 import os
+from contextlib import nullcontext
 
 import pytest
 
 from pipeline import cluster
+from pipeline.errors import UserError
 
 
 @pytest.fixture
@@ -31,3 +33,7 @@ def test_workers_know_as_their_driver_does_whether_the_cluster_is_private(
     assert cluster.is_private() != joined
     cluster.set_patience(hung_after_seconds=1, barrier_seconds=1, elastic=False)
     assert os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") == (None if joined else "0")
+    assert os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == ("1800" if joined else "60")
+    monkeypatch.setattr(cluster, "fits", lambda **_: 0)
+    with nullcontext() if joined else pytest.raises(UserError, match="--use-gpu"):  # a joined cluster grows
+        cluster.require(num_workers=1, cpus_per_worker=1, use_gpu=True)

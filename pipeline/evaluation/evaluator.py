@@ -128,13 +128,15 @@ def evaluate_last(
 
     Raises:
         UserError: As ``select``.
+        UnreachableError: A server is away.
         WorldError: The checkpoint could not be evaluated.
     """
     config = replace(config, run=run, pending=False, last=True, retry_failed=True)
     while todo := fitting(config, tracker, select(config, tracker))[0]:
         outcome = evaluate(config, tracker, todo, logged_under=logged_under, workers=workers)
         if outcome.failed:
-            raise WorldError(f"{run} was trained, but not evaluated: {outcome.failed[0].reason}")
+            kind = UnreachableError if outcome.failed[0].unreachable else WorldError
+            raise kind(f"{run} was trained, but not evaluated: {outcome.failed[0].reason}")
         if outcome.evaluated:
             return outcome.evaluated[0]
         time.sleep(_SECONDS_BETWEEN_LOOKS)  # Another evaluator is at it.
@@ -209,7 +211,7 @@ def _leased(
                 lease.fail(str(error))
             run, step = candidate.checkpoint.run_name, candidate.checkpoint.step
             logger.warning("%s step %d cannot be evaluated: %s", run, step, error)
-            return Failure(run=run, step=step, reason=str(error))
+            return Failure(run=run, step=step, reason=str(error), unreachable=isinstance(error, UnreachableError))
 
 
 def _evaluate_one(

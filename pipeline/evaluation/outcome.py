@@ -35,6 +35,8 @@ class Failure:
     run: str
     step: int
     reason: str
+    unreachable: bool = False
+    """Whether a server was away: nothing is wrong with the checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)

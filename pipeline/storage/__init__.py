@@ -8,7 +8,7 @@ files; they never pass through here.
 from pipeline.storage.clock import clock_offset_seconds
 from pipeline.storage.listing import FileEntry, expand, list_entries, list_files
 from pipeline.storage.locations import PARTIAL, home, is_remote, join, resolve
-from pipeline.storage.patience import UnreachableError
+from pipeline.storage.patience import UnreachableError, patiently
 from pipeline.storage.reading import exists, num_bytes, open_binary, read_bytes, read_chunks, read_range
 from pipeline.storage.s3_client import s3 as _s3  # noqa: F401  for tests, which make buckets
 from pipeline.storage.s3_client import s3_of_process as _s3_of_process  # noqa: F401  for tests, which change settings
@@ -28,6 +28,7 @@ __all__ = [
     "list_files",
     "num_bytes",
     "open_binary",
+    "patiently",
     "read_bytes",
     "read_chunks",
     "read_range",

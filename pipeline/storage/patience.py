@@ -1,4 +1,4 @@
-"""Waiting for storage that is down."""
+"""Waiting for storage, or another server, that is down."""
 
 import logging
 import time
@@ -20,10 +20,10 @@ Answer = TypeVar("Answer")
 
 
 class UnreachableError(WorldError):
-    """Storage did not answer, broke off or said that it cannot serve now: the same request may succeed later."""
+    """A server did not answer, broke off or said that it cannot serve now: the same request may succeed later."""
 
 
-def patiently(location: str, patience_seconds: float, ask: Callable[[], Answer]) -> Answer:
+def patiently(location: str, patience_seconds: float, ask: Callable[[], Answer], *, server: str = "storage") -> Answer:
     """What ``ask`` returns, asked again with growing pauses while storage is unreachable.
 
     Time counts from the first failure. One try takes as long as the S3 client's own time-outs and retries let it, so
@@ -33,6 +33,7 @@ def patiently(location: str, patience_seconds: float, ask: Callable[[], Answer])
         location: What is asked for, for the log.
         patience_seconds: How long to go on; 0 asks once.
         ask: A request that may be repeated.
+        server: Who is asked, for the log.
 
     Raises:
         UnreachableError: Storage is still unreachable after ``patience_seconds``.
@@ -44,7 +45,7 @@ def patiently(location: str, patience_seconds: float, ask: Callable[[], Answer])
         except UnreachableError as error:
             if patience_seconds <= 0:
                 raise
-            outage = outage or _Outage(location, patience_seconds)
+            outage = outage or _Outage(location, patience_seconds, server)
             outage.pause(error)
         else:
             if outage:
@@ -53,10 +54,10 @@ def patiently(location: str, patience_seconds: float, ask: Callable[[], Answer])
 
 
 class _Outage:
-    """One stretch of time in which storage is unreachable."""
+    """One stretch of time in which a server is unreachable."""
 
-    def __init__(self, location: str, patience_seconds: float) -> None:
-        self._location = location
+    def __init__(self, location: str, patience_seconds: float, server: str) -> None:
+        self._location, self._server = location, server
         self._patience_seconds = patience_seconds
         self._since = datetime.now().astimezone()
         self._start = time.monotonic()
@@ -72,7 +73,8 @@ class _Outage:
             raise UnreachableError(f"{error}; gave up after waiting {waited:.0f} s") from error
         if now >= self._next_warning:
             logger.warning(
-                "storage is unreachable since %s: %s; waiting up to %.0f s more",
+                "%s is unreachable since %s: %s; waiting up to %.0f s more",
+                self._server,
                 self._since.isoformat(sep=" ", timespec="seconds"),
                 error,
                 remaining,
@@ -82,5 +84,5 @@ class _Outage:
         self._delay = min(2 * self._delay, _LONGEST_DELAY_SECONDS)
 
     def end(self) -> None:
-        """Says that storage is back."""
-        logger.info("storage is back after %.1f s: %s", time.monotonic() - self._start, self._location)
+        """Says that the server is back."""
+        logger.info("%s is back after %.1f s: %s", self._server, time.monotonic() - self._start, self._location)

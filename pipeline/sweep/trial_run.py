@@ -1,5 +1,6 @@
 """One trial: the project's own training, judged by the sweep's protocol; in between, if trials may be stopped early."""
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -8,6 +9,7 @@ from typing import Any
 from pipeline.config import EvaluateConfig, TrainConfig
 from pipeline.errors import UserError, WorldError
 from pipeline.evaluation.evaluator import evaluate_last
+from pipeline.storage import UnreachableError
 from pipeline.sweep.record import Ended
 from pipeline.sweep.sampling_search import sample_otherwise
 from pipeline.sweep.space import Trial
@@ -16,9 +18,14 @@ from pipeline.training.trainer import fit
 
 __all__ = ["ENDED", "GOES_ON", "OBJECTIVE", "STEP", "TrialPlan", "run_trial"]
 
+logger = logging.getLogger(__name__)
+
 ENDED, STEP, OBJECTIVE, GOES_ON = "ended", "step", "objective", "goes_on"
 """Keys of what a trial reports: how it ended, or the objective at a rung and whether it was let pass there before."""
 _PREDECESSOR_SECONDS = 60.0
+_OUTAGE_SECONDS = 900.0
+"""How long a trial waits for MLflow: it restarts at night, and nobody is there to start the trial again."""
+_MAX_OUTAGES, _FIRST_PAUSE_SECONDS = 5, 10.0
 _NO_VALUE = 1e30
 """Of a failed trial, at step 0, where early stopping does not look: Tune wants a finite number in every report."""
 
@@ -43,22 +50,38 @@ def run_trial(plan: TrialPlan, trial: Trial) -> Iterator[dict[str, Any]]:
     """Yields what is reported to Tune: the objective at each rung, then how the trial ended.
 
     Training pauses at a rung until Tune has decided, so a stopped trial takes no step more, and goes on from its
-    checkpoint to the same bits. Failures are outcomes: the sweep notes them and goes on.
+    checkpoint to the same bits. A server that is away is waited for. Failures are outcomes: the sweep notes them and
+    goes on.
     """
     started = time.monotonic()
     rungs: dict[int, float] = {}
-    try:
-        tracker = Tracker()
-        _await_end_of_predecessor(f"{plan.sweep}-{trial.key}", tracker)
-        reached = _reached(f"{plan.sweep}-{trial.key}", tracker)
-        for step in plan.rungs:
-            rungs[step] = _at_rung(plan, trial, tracker, step)
-            yield {STEP: step, OBJECTIVE: rungs[step], GOES_ON: reached > step}
-        ended = _to_the_end(plan, trial, tracker)
-    except (UserError, WorldError) as error:
-        ended = Ended(status="failed", error=" ".join(str(error).split()))
+    outages = 0
+    while True:
+        try:
+            tracker = Tracker(patience_seconds=_OUTAGE_SECONDS)
+            _await_end_of_predecessor(f"{plan.sweep}-{trial.key}", tracker)
+            reached = _reached(f"{plan.sweep}-{trial.key}", tracker)
+            for step in plan.rungs:
+                if step not in rungs:
+                    rungs[step] = _at_rung(plan, trial, tracker, step)
+                    yield {STEP: step, OBJECTIVE: rungs[step], GOES_ON: reached > step}
+            ended = _to_the_end(plan, trial, tracker)
+            break
+        except UnreachableError as error:
+            if (outages := outages + 1) > _MAX_OUTAGES:
+                ended = _failed(error)
+                break
+            logger.warning("trial %s goes on when the server is back: %s", trial.key, error)
+            time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (outages - 1))
+        except (UserError, WorldError) as error:
+            ended = _failed(error)
+            break
     ended = replace(ended, rungs=rungs, seconds=time.monotonic() - started)
     yield {ENDED: asdict(ended), STEP: ended.step, OBJECTIVE: _NO_VALUE if ended.value is None else ended.value}
+
+
+def _failed(error: Exception) -> Ended:
+    return Ended(status="failed", error=" ".join(str(error).split()))
 
 
 def _at_rung(plan: TrialPlan, trial: Trial, tracker: Tracker, step: int) -> float:

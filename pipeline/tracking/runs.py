@@ -14,6 +14,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.errors import WorldError, first_line
 from pipeline.tracking.checkpoints import EVAL_STATUS, MODEL_TYPE, RUN_NAME, STEP, published
+from pipeline.tracking.outages import is_outage
 from pipeline.tracking.ownership import (
     HEARTBEAT,
     HEARTBEAT_SECONDS,
@@ -75,7 +76,8 @@ def one_line_errors(method: F) -> F:
         try:
             return method(*args, **kwargs)
         except (MlflowException, ConnectionError) as error:
-            raise WorldError(f"MLflow refused or is away: {first_line(error)}") from error
+            kind = storage.UnreachableError if is_outage(error) else WorldError
+            raise kind(f"MLflow refused or is away: {first_line(error)}") from error
 
     return cast(F, wrapped)
 

@@ -20,13 +20,12 @@ from pipeline.errors import UserError, WorldError, first_line
 from pipeline.tracking import leases, ownership, probing, recorded, registry, results, trials
 from pipeline.tracking.checkpoints import Checkpoint, checkpoint_of, published
 from pipeline.tracking.interrupts import uninterrupted
+from pipeline.tracking.outages import is_outage, patient_requests, set_defaults
 from pipeline.tracking.ownership import Claim
 from pipeline.tracking.recorded import RecordedRun
 from pipeline.tracking.runs import DataSetInput, Status, TrackedRun, dataset_input, one_line_errors
 
-# An outage must not hold the driver for minutes: few short retries here, records are kept and sent later instead.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+set_defaults()
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -56,16 +55,20 @@ _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 class Tracker:
     """A connection to one MLflow store."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, patience_seconds: float = 0.0) -> None:
         """Connects to ``MLFLOW_TRACKING_URI``, else to ``mlflow.db`` under ``$DDPM_HOME``, created if missing.
 
+        Args:
+            patience_seconds: How long to wait for a server that does not answer.
+
         Raises:
-            WorldError: The server does not answer, or the store cannot be opened.
+            UnreachableError: The server does not answer.
+            WorldError: The store cannot be opened.
             UserError: ``$DDPM_HOME`` is remote and no tracking URI is given.
         """
         self.uri = _tracking_uri()
         if self.uri.startswith("http"):
-            _check_reachable(self.uri)
+            storage.patiently(self.shown_uri, patience_seconds, lambda: _check_reachable(self.uri), server="MLflow")
         import mlflow
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
@@ -73,13 +76,14 @@ class Tracker:
 
         try:
             mlflow.set_tracking_uri(self.uri)
-            with _one_at_a_time(self.uri):
+            with _one_at_a_time(self.uri), patient_requests():
                 client = MlflowClient(self.uri)
                 self.client: MlflowClient = client if self.uri.startswith("http") else uninterrupted(client)
                 self.client.search_experiments(max_results=1)
         except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
             # ImportError: the database's driver is not installed.
-            raise WorldError(f"MLflow at {self.shown_uri} refused: {first_line(error)}") from error
+            kind = storage.UnreachableError if is_outage(error) else WorldError
+            raise kind(f"MLflow at {self.shown_uri} refused: {first_line(error)}") from error
 
     @property
     def shown_uri(self) -> str:
@@ -119,6 +123,20 @@ class Tracker:
         Raises:
             UserError: A live driver is writing the run, or the name belongs to another experiment.
         """
+        with patient_requests():
+            tracked = self._start_run(name, experiment, params, tags, data_set, parent_run_id)
+        self.close_abandoned(experiment)
+        return tracked
+
+    def _start_run(
+        self,
+        name: str,
+        experiment: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        data_set: DataSetInput | None,
+        parent_run_id: str | None,
+    ) -> TrackedRun:
         experiment_id = self.experiment(experiment, create=True)
         parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
         tracked = self._claim_run(name, experiment_id, {**tags, **parent})
@@ -131,7 +149,6 @@ class Tracker:
             with contextlib.suppress(Exception):
                 tracked.finish("FAILED")
             raise
-        self.close_abandoned(experiment)
         return tracked
 
     @one_line_errors
@@ -244,7 +261,7 @@ class Tracker:
             )
         except Exception as error:
             # MLflow lets through whatever its store raises: botocore, requests, OSError, its own exception.
-            raise (storage.UnreachableError if _is_outage(error) else WorldError)(
+            raise (storage.UnreachableError if is_outage(error) else WorldError)(
                 f"cannot read checkpoint {checkpoint.run_name} step {checkpoint.step} at {checkpoint.artifact_uri}: "
                 f"{first_line(error)}"
             ) from error
@@ -419,11 +436,6 @@ class Tracker:
         return list(self.client.search_runs(experiments, f"attributes.run_name = '{quoted}'", max_results=100))
 
 
-_OUTAGES = {"ConnectTimeout", "ConnectTimeoutError", "ConnectionClosedError", "EndpointConnectionError"}
-_OUTAGES |= {"MaxRetryError", "NewConnectionError", "ReadTimeout", "ReadTimeoutError"}
-"""Classes of botocore, requests and urllib3."""
-
-
 def _source_tags() -> dict[str, str]:
     """What MLflow's own pages show as source and creator."""
     program = Path(sys.argv[0])
@@ -435,15 +447,6 @@ def _source_tags() -> dict[str, str]:
     with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
         tags["mlflow.user"] = getpass.getuser()
     return tags
-
-
-def _is_outage(error: BaseException | None) -> bool:
-    """Whether an exception, or what caused it, says that a server cannot be reached."""
-    while error is not None:
-        if isinstance(error, ConnectionError) or type(error).__name__ in {*_OUTAGES, "ConnectionError"}:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _is_claimed(run: "Run") -> bool:
@@ -489,7 +492,7 @@ def _check_reachable(uri: str) -> None:
         requests.get(f"{uri.rstrip('/')}/health", timeout=(5, _HEALTH_SECONDS)).raise_for_status()
     except requests.RequestException as error:
         detail = type(error).__name__ if error.response is None else f"HTTP {error.response.status_code}"
-        raise WorldError(
+        raise storage.UnreachableError(
             f"MLflow at {_redact(uri)} does not answer ({detail}); start it, or unset MLFLOW_TRACKING_URI "
             "to use the local store"
         ) from None
