@@ -99,7 +99,7 @@ def test_an_outage_is_told_from_a_refusal(server: Server, monkeypatch: pytest.Mo
 def plan(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> TrialPlan:
     """Of a sweep with rungs at steps 10 and 20, without pauses."""
     monkeypatch.setattr(trial_run, "_FIRST_PAUSE_SECONDS", 0.0)
-    everything = {"evaluation": EvaluateConfig(), "rungs": (10, 20), "rung_images": 8, "ways": ()}
+    everything = {"evaluation": EvaluateConfig(run="s"), "rungs": (10, 20), "rung_images": 8, "ways": ()}
     return TrialPlan(sweep="s", run_id="0", base=TrainConfig(), **everything)  # type: ignore[arg-type]
 
 
