@@ -28,6 +28,7 @@ from pipeline.tracking.runs import DataSetInput, Status, TrackedRun, dataset_inp
 set_defaults()
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # jobs name the page themselves
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 # Artifacts come through the server. MLflow would rather have them fetched from the address by which the server knows
 # its S3 store, often one that only the server's own network has, and tries that for minutes.

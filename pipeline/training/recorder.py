@@ -20,6 +20,7 @@ from pipeline import storage
 from pipeline.config import TrainConfig
 from pipeline.errors import WorldError, first_line
 from pipeline.tracking import TIMESTAMP, TakenOverError, TrackedRun
+from pipeline.training.arrow_errors import may_pass
 from pipeline.training.background import Background
 from pipeline.training.checkpoint import save_published
 from pipeline.training.mailbox import Committed, Mailbox
@@ -167,7 +168,8 @@ class Recorder:
         """Queues a committed checkpoint that is not published yet, or not measured though it is the last."""
         step = committed.step
         if self._is_unknown(step):
-            copy = self._copier.submit(_copy, committed, self._spool / CHECKPOINTS / str(step))
+            patience = self._config.data.storage_patience_seconds
+            copy = self._copier.submit(_copy, committed, self._spool / CHECKPOINTS / str(step), patience)
             self._queue(step, copy)
 
     def _queue(self, step: int, copy: "Future[Path]") -> None:
@@ -270,7 +272,21 @@ class _Publication:
     is_published: bool = False
 
 
-def _copy(committed: Committed, folder: Path) -> Path:
+def _copy(committed: Committed, folder: Path, patience_seconds: float) -> Path:
+    """Copies what is published of a checkpoint; waits for storage that is away."""
+
+    def try_it() -> Path:
+        try:
+            return _copy_at_once(committed, folder)
+        except OSError as error:
+            if may_pass(error):
+                raise storage.UnreachableError(f"step {committed.step}: {first_line(error)}") from error
+            raise
+
+    return storage.patiently(committed.checkpoint.path, patience_seconds, try_it)
+
+
+def _copy_at_once(committed: Committed, folder: Path) -> Path:
     partial = folder.with_name(f"{folder.name}{storage.PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)  # an earlier copy may have failed half-way
     partial.mkdir(parents=True)

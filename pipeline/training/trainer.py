@@ -20,12 +20,14 @@ from ray.train.torch import TorchTrainer
 
 # ray.train exports these under the same names, but a type checker sees the first version's there.
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import ControllerError
 from ray.train.v2.api.result import Result
 
 from pipeline import cluster, storage
 from pipeline.config import TrainConfig
 from pipeline.errors import Interrupted, UserError, WorldError, first_line
 from pipeline.tracking import TakenOverError, TrackedRun, Tracker
+from pipeline.training.arrow_errors import may_pass
 from pipeline.training.commits import TellCommits
 from pipeline.training.committed import committed_checkpoints, drop_damaged, runs_root
 from pipeline.training.gauges import Gauges
@@ -47,6 +49,7 @@ __all__ = ["TrainResult", "fit", "new_name"]
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
+_MAX_OUTAGES, _OUTAGE_SECONDS = 3, 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,14 +157,26 @@ def fit(
 
 
 def _train(task: TrainingTask, name: str, mailbox: "ActorHandle[Mailbox]", recorder: Recorder) -> Result:
-    """Runs the Ray Train job, again for each checkpoint that turns out to be damaged: there are fewer each time."""
+    """Runs the Ray Train job, again for each checkpoint that turns out to be damaged: there are fewer each time.
+
+    And again when Ray's controller could not write to S3: workers wait for storage, the controller ends the run.
+    """
     folder, patience = storage.join(runs_root(), name), task.config.data.storage_patience_seconds
     drop_damaged(folder, patience_seconds=patience)
     for step, location in committed_checkpoints(folder).items():
         recorder.publish(Committed(step, Checkpoint(location)))  # an earlier driver may have died before it was
+    outages = 0
     while True:
         trainer = _trainer(task, name, mailbox)
-        result = _run_beside(cast(Callable[[], Result], trainer.fit), recorder.turn)
+        try:
+            result = _run_beside(cast(Callable[[], Result], trainer.fit), recorder.turn)
+        except storage.UnreachableError as error:
+            if (outages := outages + 1) > _MAX_OUTAGES:
+                raise
+            logger.warning("training starts again from its last checkpoint: %s", first_line(error))
+            _pause(_OUTAGE_SECONDS * 2 ** (outages - 1), recorder.turn)
+            drop_damaged(folder, patience_seconds=patience)
+            continue
         if not isinstance(result.return_value, str) or not drop_damaged(folder, patience_seconds=patience):
             return result
         cast(Any, ray).get(mailbox.try_again.remote())
@@ -273,7 +288,20 @@ def _run_beside(call: Callable[[], Result], turn: Callable[[], None]) -> Result:
     try:
         return future.result()
     except TrainingFailedError as error:
-        raise WorldError(f"training failed: {_cause(error)}") from error
+        kind = storage.UnreachableError if _storage_failed(error) else WorldError
+        raise kind(f"training failed: {_cause(error)}") from error
+
+
+def _pause(seconds: float, turn: Callable[[], None]) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        turn()
+        time.sleep(_POLL_SECONDS)
+
+
+def _storage_failed(error: TrainingFailedError) -> bool:
+    """Whether Ray's controller failed in a request to S3 that may succeed later."""
+    return isinstance(error, ControllerError) and may_pass(error.controller_failure)
 
 
 def _cause(error: TrainingFailedError) -> str:

@@ -30,7 +30,7 @@ class LocalCheckpoint:
     """What Ray Train commits, without Ray: a folder in storage."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.path = folder, str(folder)
 
     def as_directory(self) -> Any:
         return _Directory(self.folder)
@@ -154,6 +154,30 @@ def test_a_checkpoint_is_kept_for_publication_though_storage_drops_it_meanwhile(
     recorder._next_try = 0.0
     recorder.finish()
     assert recorder._run.published_steps() == {4}
+
+
+def test_a_copy_waits_for_a_store_that_is_too_slow_for_pyarrow(
+    trained: tuple[TrainingTask, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    task, out = trained
+    slow, copies = OSError("When listing objects: AWS Error NETWORK_CONNECTION: curlCode: 28, Timeout was reached"), []
+    copy = recorder_module._copy_at_once
+
+    def copy_at_once(item: Committed, folder: Path) -> Path:
+        copies.append(folder)
+        if len(copies) == 1:
+            raise slow
+        return copy(item, folder)
+
+    monkeypatch.setattr(recorder_module, "_copy_at_once", copy_at_once)
+    recorder = make_recorder(task, tmp_path, monkeypatch, [committed(out, 4)])
+    recorder.finish()
+    assert recorder._run.published_steps() == {4}
+    assert len(copies) == 2
+    assert "storage is unreachable since " in caplog.text
 
 
 def test_a_checkpoint_that_storage_could_not_give_for_a_moment_is_published_when_it_is_offered_again(

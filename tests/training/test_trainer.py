@@ -1,9 +1,13 @@
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.train.v2.api.exceptions import ControllerError
 
 sys.path.append(str(Path(__file__).parent))
 
@@ -12,7 +16,9 @@ from worlds import run_one, small_task, with_knobs
 from pipeline import cluster
 from pipeline.config import to_flat
 from pipeline.errors import UserError, WorldError
+from pipeline.storage import UnreachableError
 from pipeline.tracking import Tracker
+from pipeline.training import trainer
 from pipeline.training.identity import open_run
 from pipeline.training.task import differences
 from pipeline.training.trainer import new_name
@@ -91,3 +97,65 @@ def test_a_fixed_group_waits_for_machines_that_boot_and_an_elastic_one_does_not(
         assert os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == seconds
         assert os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] == "7"
         assert os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] == "9"
+
+
+class _Scripted:
+    """A trainer whose ``fit`` does one thing after another."""
+
+    def __init__(self, *outcomes: object) -> None:
+        self.left = list(outcomes)
+
+    def fit(self) -> object:
+        outcome = self.left.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+BUSY = OSError(
+    "When completing multiple part upload: AWS Error NO_SUCH_UPLOAD during CompleteMultipartUpload operation"
+)
+DENIED = OSError(
+    "When completing multiple part upload: AWS Error ACCESS_DENIED during CompleteMultipartUpload operation"
+)
+
+
+@pytest.fixture
+def train_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[_Scripted], Any]:
+    """Runs the loop around a scripted trainer, without pauses and without a cluster."""
+    task = small_task(tmp_path)
+    monkeypatch.setattr(trainer, "_OUTAGE_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "_POLL_SECONDS", 0.01)
+    recorder = SimpleNamespace(publish=lambda _: None, turn=lambda: None)
+
+    def run(scripted: _Scripted) -> Any:
+        monkeypatch.setattr(trainer, "_trainer", lambda *_: scripted)
+        return trainer._train(task, "run", None, recorder)  # type: ignore[arg-type]
+
+    return run
+
+
+def test_a_run_outlives_a_store_that_is_too_busy_for_rays_controller(
+    train_with: Callable[[_Scripted], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    done = SimpleNamespace(return_value=4)
+    assert train_with(_Scripted(ControllerError(BUSY), ControllerError(BUSY), done)) is done
+    assert caplog.text.count("training starts again from its last checkpoint: training failed: ") == 2
+
+
+@pytest.mark.parametrize(
+    ("errors", "kind", "words"),
+    [
+        ([ControllerError(BUSY)] * 4, UnreachableError, "NO_SUCH_UPLOAD"),
+        ([ControllerError(DENIED)], WorldError, "ACCESS_DENIED"),
+        ([ControllerError(OSError(28, "No space left on device"))], WorldError, "No space left"),
+        ([ControllerError(ValueError("AWS Error"))], WorldError, "AWS Error"),
+    ],
+)
+def test_what_does_not_pass_by_itself_ends_the_run(
+    train_with: Callable[[_Scripted], Any], errors: list[Exception], kind: type[Exception], words: str
+) -> None:
+    scripted = _Scripted(*errors)
+    with pytest.raises(kind, match=words):
+        train_with(scripted)
+    assert not scripted.left
