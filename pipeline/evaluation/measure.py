@@ -139,8 +139,6 @@ def _measure_images(
     gathered = _gathered(gathering.accumulators, reference, real)
     values = {metric: compute(metric, gathered, own, extractor) for metric, own in metrics.items()}
     note = _note(gathered.generated.n, reference.n, extractor.dim)
-    if note:
-        logger.warning("%s: %s", model.name, note)
     return Measurement(metrics=values, note=note, gatherings=[gathering])
 
 

@@ -82,12 +82,11 @@ class Outcome:
         """A line for each checkpoint."""
         lines = []
         for entry in self.evaluated:
-            note = f" ({entry.note})" if entry.note else ""
-            lines.append(
-                f"{entry.run} step {entry.step}: {entry.metric} {entry.value:.4f} on {entry.num_images} images{note}"
-            )
+            value = f"{entry.metric} {entry.value:.4f} on {entry.num_images} images"
+            lines.append(f"{entry.run} step {entry.step}: {value}")
             lines += [f"  {name} {value:.5g}" for name, value in entry.metrics.items() if name != entry.metric]
             lines += [f"images of {entry.run} step {entry.step}: {entry.images}"] if entry.images else []
+        lines += [f"to know: {note}" for note in dict.fromkeys(entry.note for entry in self.evaluated) if note]
         lines += [f"{failure.run} step {failure.step} failed: {failure.reason}" for failure in self.failed]
         lines += [f"{entry.name} skipped: {entry.reason}" for entry in self.skipped]
         lines += [self.champion] if self.champion else []
