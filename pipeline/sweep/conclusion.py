@@ -55,7 +55,7 @@ def write_report(name: str, parent: TrackedRun | None, tracker: Tracker, *, run_
     Returns:
         Where it lies.
     """
-    page = sweep_report(tracker, run_id if parent is None else parent.run_id)
+    page = sweep_report(tracker, run_id if parent is None else parent.run_id, by_itself=parent is not None)
     location = storage.join(storage.home(), "reports", f"sweep-{name}.html")
     storage.write_bytes(location, page.encode())
     if parent is not None:

@@ -2,6 +2,7 @@
 
 import datetime
 import html
+from dataclasses import replace
 
 from pipeline.charts.axis import decimals_for, number
 from pipeline.charts.page import document, key, picture, section
@@ -15,9 +16,12 @@ from pipeline.tracking import Tracker
 __all__ = ["render", "sweep_report"]
 
 
-def sweep_report(tracker: Tracker, parent_run_id: str) -> str:
-    """The report on a sweep as HTML. Raises as ``collect``."""
-    return render(collect(tracker, parent_run_id), now=datetime.datetime.now().astimezone())
+def sweep_report(tracker: Tracker, parent_run_id: str, *, by_itself: bool = False) -> str:
+    """The report on a sweep as HTML; ``by_itself`` at its end, when its run is still open. Raises as ``collect``."""
+    report = collect(tracker, parent_run_id)
+    if by_itself:
+        report = replace(report, status="FINISHED")
+    return render(report, now=datetime.datetime.now().astimezone())
 
 
 def render(report: SweepReport, *, now: datetime.datetime) -> str:

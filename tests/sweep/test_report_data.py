@@ -139,6 +139,12 @@ def test_the_protocol_is_read_from_the_result_of_a_trial(tracker: Tracker, tmp_p
     assert "<p class='verdict'>cosine won</p>" in page
 
 
+def test_the_report_that_a_sweep_writes_at_its_end_does_not_say_that_it_goes_on(tracker: Tracker) -> None:
+    sweep = add(tracker, "s", {"ddpm.kind": "sweep", "ddpm.objective": M}, status="RUNNING")
+    assert "had not ended" in sweep_report(tracker, sweep)
+    assert "had not ended" not in sweep_report(tracker, sweep, by_itself=True)
+
+
 def test_a_run_that_is_no_sweep_is_refused(tracker: Tracker) -> None:
     with pytest.raises(UserError, match=r"^run 'a' is no sweep with an objective"):
         collect(tracker, add(tracker, "a", {}))
