@@ -42,7 +42,7 @@ CIFAR = "prepare_data --source cifar10:cifar-10-binary.tar.gz --data cifar10"
 MINE = "prepare_data --source folder:PICTURES --data mine --image-size 16"
 BEFORE: dict[str, tuple[str, ...]] = {
     "README.md": (*DIGITS, CIFAR),
-    "docs/evaluation.md": ("train --preset digits --name second --seed 1", "evaluate --run second --last"),
+    "docs/evaluation.md": (*DIGITS, "train --preset digits --name second --seed 1", "evaluate --run second --last"),
     "docs/howto.md": (*DIGITS, "evaluate --run first", CIFAR, MINE),
 }
 """What a page takes for granted, beside what the pages before it have left."""
