@@ -133,8 +133,8 @@ def _job(name: str, *words: str) -> list[str]:
 
 
 def _start(command: list[str], environment: dict[str, str]) -> "subprocess.Popen[bytes]":
-    output = subprocess.DEVNULL
-    return subprocess.Popen([*_NICE, *command], cwd=_ROOT, env=environment, stdout=output, start_new_session=True)
+    words = [*_NICE, *command]
+    return subprocess.Popen(words, cwd=_ROOT, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
 def _small(arguments: Arguments) -> list[str]:
@@ -165,7 +165,6 @@ def _found(arguments: Arguments, names: list[str], sweep: str, codes: dict[str, 
     children = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'" if parent else ""
     trials = [run for run in client.search_runs([experiment], children) if run.data.params] if parent else []
     jobs = [run for name in names if (run := _named(client, experiment, name))]
-    failed = sum(codes[name] != 0 for name in names)
     train = _row(client, arguments.jobs, jobs, arguments.steps, arguments.checkpoint_every, arguments.log_every)
     failed = int(codes[sweep] != 0) + sum(_DISTANCE not in trial.data.metrics for trial in trials) + 6 - len(trials)
     steps = arguments.trial_steps

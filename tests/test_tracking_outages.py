@@ -9,10 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from pipeline import storage
-from pipeline.config import EvaluateConfig, TrainConfig
-from pipeline.errors import UserError
+from pipeline.config import EvaluateConfig, TrainConfig, TuneConfig
+from pipeline.errors import UserError, WorldError
 from pipeline.storage import UnreachableError
 from pipeline.sweep import trial_run
+from pipeline.sweep.points import Listed, open_source
 from pipeline.sweep.record import Ended
 from pipeline.sweep.space import Trial
 from pipeline.sweep.trial_run import ENDED, GOES_ON, OBJECTIVE, STEP, TrialPlan, run_trial
@@ -22,9 +23,10 @@ from pipeline.tracking.outages import patient_requests
 
 @dataclass
 class Server:
-    """Answers 503 to so many requests, then as an MLflow server without experiments."""
+    """Answers ``status`` to so many requests, then as an MLflow server without experiments."""
 
     refusals: int = 0
+    status: int = 503
     timeouts: list[str] = field(default_factory=list)
     """What MLflow's client was told at each request, as the environment of this process says."""
     uri: str = ""
@@ -37,7 +39,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             state.timeouts.append(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"])
-            self.send_response(503 if state.refusals > 0 else 200)
+            self.send_response(state.status if state.refusals > 0 else 200)
             state.refusals -= 1
             self.send_header("Content-Length", "2")
             self.end_headers()
@@ -93,14 +95,20 @@ def test_an_outage_is_told_from_a_refusal(server: Server, monkeypatch: pytest.Mo
     server.refusals = 10
     with pytest.raises(UnreachableError, match="MLflow refused or is away"):
         tracker.run_names()
+    server.status = 400
+    with pytest.raises(WorldError, match="MLflow refused or is away") as refusal:
+        tracker.run_names()
+    assert not isinstance(refusal.value, UnreachableError)
 
 
 @pytest.fixture
 def plan(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> TrialPlan:
     """Of a sweep with rungs at steps 10 and 20, without pauses."""
     monkeypatch.setattr(trial_run, "_FIRST_PAUSE_SECONDS", 0.0)
-    everything = {"evaluation": EvaluateConfig(run="s"), "rungs": (10, 20), "rung_images": 8, "ways": ()}
-    return TrialPlan(sweep="s", run_id="0", base=TrainConfig(), **everything)  # type: ignore[arg-type]
+    evaluation = EvaluateConfig(run="s")
+    return TrialPlan(
+        sweep="s", run_id="0", base=TrainConfig(), evaluation=evaluation, rungs=(10, 20), rung_images=8, ways=()
+    )
 
 
 def test_a_trial_survives_outages_and_reports_each_rung_once(
@@ -147,9 +155,6 @@ def test_a_trial_gives_up_after_six_outages_in_one_line(
 @pytest.fixture
 def trial() -> Trial:
     """The first of a sweep over one schedule."""
-    from pipeline.config import TuneConfig
-    from pipeline.sweep.points import Listed, open_source
-
     source = open_source(TuneConfig(schedules=("linear",), Ts=(100,)))
     assert isinstance(source, Listed)
     return source.points[0].trials(TuneConfig())[0]

@@ -125,31 +125,19 @@ class Tracker:
             UserError: A live driver is writing the run, or the name belongs to another experiment.
         """
         with patient_requests():
-            tracked = self._start_run(name, experiment, params, tags, data_set, parent_run_id)
+            experiment_id = self.experiment(experiment, create=True)
+            parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
+            tracked = self._claim_run(name, experiment_id, {**tags, **parent})
+            try:
+                if tracked.is_new:
+                    self._describe(tracked, params, data_set)
+                tracked.own()
+                tracked.set_tags(tags)
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    tracked.finish("FAILED")
+                raise
         self.close_abandoned(experiment)
-        return tracked
-
-    def _start_run(
-        self,
-        name: str,
-        experiment: str,
-        params: Mapping[str, Any],
-        tags: Mapping[str, str],
-        data_set: DataSetInput | None,
-        parent_run_id: str | None,
-    ) -> TrackedRun:
-        experiment_id = self.experiment(experiment, create=True)
-        parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
-        tracked = self._claim_run(name, experiment_id, {**tags, **parent})
-        try:
-            if tracked.is_new:
-                self._describe(tracked, params, data_set)
-            tracked.own()
-            tracked.set_tags(tags)
-        except BaseException:
-            with contextlib.suppress(Exception):
-                tracked.finish("FAILED")
-            raise
         return tracked
 
     @one_line_errors
